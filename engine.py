@@ -1,0 +1,416 @@
+"""What every stage needs and no stage is about: processes, seeds, schedules, parameter groups, checkpoints, log lines.
+
+Read a stage file first and come here for a name that is not clear. Nothing in this file knows a stage.
+"""
+import argparse
+import collections
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent
+Process = collections.namedtuple("Process", "rank world_size device")
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one sentence that names the thing and the remedy. run() exits 2 with it."""
+
+
+def run(main):
+    """Call a stage's main(); a UserError becomes one sentence on stderr and exit code 2, under torchrun only once."""
+    try:
+        main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank > 0:                 # the same sentence comes from rank 0, whose exit ends this process while it waits
+            time.sleep(3)
+        print(f"error: {str(error).splitlines()[-1].removeprefix('engine.UserError: ')}", file=sys.stderr, flush=True)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)     # peers may hang in a collective: do not wait for them
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+def add_run_args(parser):
+    """The flags that all stages share; each stage adds those of its method."""
+    g = parser.add_argument_group("run")
+    g.add_argument("--model", default="tiny", help="preset and recipe: tiny (CPU, minutes), small, base, large")
+    g.add_argument("--data", help="shapes, cifar10, cifar100 or a folder; base: datasets/imagenet")
+    g.add_argument("--data-dir", default="datasets", help="where CIFAR lies")
+    g.add_argument("--download", action="store_true", help="fetch CIFAR if it is not in --data-dir")
+    g.add_argument("--limit", type=int, help="use only the first n images of each split")
+    g.add_argument("--image-size", type=int, help="pixels; base: 224")
+    g.add_argument("--patch-size", type=int, help="pixels; base: 16")
+    g.add_argument("--out", type=Path, help="folder of this run; default runs/MODEL")
+    g.add_argument("--fresh", action="store_true", help="set earlier results of this stage aside and start over")
+    g.add_argument("--batch-size", type=int, help="images per update over all processes and accumulation steps")
+    g.add_argument("--micro-batch", type=int, help="images one process holds at once; the rest is accumulated")
+    g.add_argument("--epochs", type=int, help="passes over the training images")
+    g.add_argument("--steps", type=int, help="number of updates, instead of --epochs")
+    g.add_argument("--amp", default="auto", choices=["auto", "no", "bf16"], help="bfloat16 products; auto: on CUDA")
+    g.add_argument("--compile", action="store_true", help="torch.compile the network")
+    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    g.add_argument("--workers", type=int, help="loader processes per rank; default: 1 for tiny, else 8 or the cores")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--log-every", type=int, help="steps between log lines; default 20")
+    g.add_argument("--save-every", type=int, help="steps between resume files; default 500")
+    g.add_argument("--dry-run", action="store_true", help="print recipe, shapes, parameters and stop")
+
+
+def with_recipe(args, recipes):
+    """Fill every flag left at None from the preset's row of the stage's RECIPES. Raises UserError for what cannot be."""
+    if args.model not in recipes:
+        raise UserError(f"--model {args.model} is not a preset of this stage; choose from {', '.join(recipes)}")
+    for name, value in recipes[args.model].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    tiny = args.model == "tiny"
+    cores = os.cpu_count() or 1
+    for name, value in dict(out=Path("runs") / args.model, log_every=20, save_every=500,
+                            data="shapes" if tiny else "datasets/imagenet", workers=1 if tiny else min(8, cores)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("limit", "image_size", "patch_size", "batch_size", "micro_batch", "epochs", "steps", "log_every", "save_every"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.workers < 0:
+        raise UserError(f"--workers must be 0 or more, not {args.workers}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
+    return args
+
+
+def resolve_steps(args, images):
+    """-> (steps, warmup_steps, steps_per_epoch). An incomplete last batch of an epoch is dropped."""
+    per_epoch = images // args.batch_size
+    if per_epoch == 0:
+        raise UserError(f"{images} training images do not fill one batch of {args.batch_size}: lower --batch-size")
+    steps = args.steps or args.epochs * per_epoch
+    # A run cut short by --steps keeps the recipe's share of warm-up.
+    warmup = args.warmup_epochs * per_epoch if args.steps is None else round(
+        steps * args.warmup_epochs / max(1, args.epochs))
+    return steps, min(warmup, steps - 1), per_epoch
+
+
+def split_batch(batch_size, micro_batch, world_size):
+    """-> (micro batch, accumulation): one update of `batch_size` as world_size * accumulation * micro images."""
+    if batch_size % world_size:
+        raise UserError(f"--batch-size {batch_size} is not a multiple of the {world_size} processes")
+    per_rank = batch_size // world_size
+    accumulation = max(1, math.ceil(per_rank / (micro_batch or per_rank)))
+    while per_rank % accumulation:       # equal parts, so that a mean of means is the mean
+        accumulation += 1
+    return per_rank // accumulation, accumulation
+
+
+# --------------------------------------------------------------------------------------------- processes and devices
+def init_distributed(device="auto"):
+    """-> Process(rank, world_size, device), for `python STAGE.py` and `torchrun STAGE.py` alike: nccl on GPUs, else gloo."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(minutes=30))
+    return Process(rank, world_size, torch.device(device))
+
+
+def distribute(model, process):
+    """Wrap in DistributedDataParallel where there are several processes. Buffers are not broadcast: they are equal on
+    all ranks by construction, and a broadcast would hide it if they were not."""
+    if process.world_size == 1:
+        return model
+    ids = [process.device.index] if process.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def no_sync(model, last):
+    """Gradients travel between processes only with the last micro-batch of an update."""
+    return contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def all_reduce_sum(tensor):
+    """Sum over all processes, in place; the tensor itself where there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def autocast(device, amp):
+    """bfloat16 matrix products where amp is "bf16"; float32 otherwise. bf16 needs no gradient scaling."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def resolve_amp(amp, device):
+    """auto is bf16 on CUDA. On a CPU it is bf16 only with bf16 matrix instructions (AMX), and if faster when tried."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16"
+    if device.type != "cpu" or not torch.cpu._is_amx_tile_supported():
+        return "no"
+    a, seconds = torch.randn(1024, 1024), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        b = a.to(dtype)
+        b @ b
+        start = time.perf_counter()
+        for _ in range(5):
+            b @ b
+        seconds[dtype] = time.perf_counter() - start
+    return "bf16" if seconds[torch.bfloat16] < 0.67 * seconds[torch.float32] else "no"
+
+
+def to_float(images, device):
+    """uint8 (or already float) images to float32 in [0, 1] on the device; they travel as uint8, a quarter of the bytes."""
+    images = images.to(device, non_blocking=True)
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
+# -------------------------------------------------------------------------------------------------------- randomness
+def seed_all(*numbers):
+    """Seed torch, random and numpy from any integers, say (seed, epoch, index): the draws that follow are a function of
+    these numbers alone, so that no generator state has to be saved."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, "little")
+    torch.manual_seed(value % 2**63)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+
+
+# --------------------------------------------------------------------------------------- schedules, groups, updates
+def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
+    """Linear warm-up from `start`, then a half cosine from base towards final; a function of the step alone.
+
+    Recipe, not in the paper: the warm-up has both its ends, so step 0 has rate `start` exactly and the peak comes twice
+    (steps warmup - 1 and warmup); the cosine approaches `final` and never reaches it.
+    """
+    if step < warmup:
+        return start + (base - start) * step / (warmup - 1) if warmup > 1 else start
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def param_groups(named_parameters, weight_decay, skip=("cls_token", "pos_embed"), layer_id=None, layer_decay=1.0, depth=0):
+    """AdamW groups. No weight decay for 1-D parameters, biases and names in `skip` (whole or as their last part);
+    mask_token and relative-position tables ARE decayed. With layer_decay < 1 layer i learns at
+    lr_scale = layer_decay ** (depth + 1 - i), where layer_id(name) gives i (0: embeddings, depth + 1: head)."""
+    groups = {}
+    for name, p in named_parameters:
+        if not p.requires_grad:
+            continue
+        no_decay = p.ndim == 1 or name.endswith(".bias") or name in skip or name.rsplit(".", 1)[-1] in skip
+        layer = depth + 1 if layer_id is None else layer_id(name)
+        group = groups.setdefault((layer, no_decay), dict(
+            params=[], names=[], weight_decay=0.0 if no_decay else weight_decay,
+            lr_scale=layer_decay ** (depth + 1 - layer)))
+        group["params"].append(p)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def adamw(groups, betas, device):
+    # Recipe, not in the paper: eps 1e-8. Fused: one kernel for all parameters instead of a handful per tensor.
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=device.type in ("cpu", "cuda"))
+
+
+def set_lr(optimizer, lr):
+    """The rate of the schedule times each group's lr_scale (layer-wise decay scales the minimum, too)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+def source_hashes():
+    """{file name: short hash} of the project's own files, kept in every checkpoint."""
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sorted(ROOT.glob("*.py"))}
+
+
+def git_commit():
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def describe_run(kind, args, model_name=None):
+    """What every file says about itself, beside its weights."""
+    return dict(kind=kind, preset=args.model, data=str(args.data), image_size=args.image_size, args=plain_args(args),
+                commit=git_commit(), source_hash=source_hashes(), torch=torch.__version__)
+
+
+def plain_args(args):
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
+
+
+def write_file(path, contents):
+    """torch.save to a temporary name beside `path`, flush to disk, then rename: a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            torch.save(contents, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error}): free some space or choose another --out; "
+                        f"the file that was there before is untouched") from error
+
+
+def read_file(path, kind=None, remedy=""):
+    """Load a checkpoint on the CPU without running any code in it. Raises UserError for what is not one of ours.
+
+    A released checkpoint holds an argparse.Namespace, which is harmless and allowed; any other object is refused.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}" + (f"; {remedy}" if remedy else ""))
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds objects other than tensors and numbers, or is damaged, and was not loaded") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not a readable checkpoint (truncated, or no checkpoint at all): make or fetch it anew"
+                        ) from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
+    if kind is not None and contents.get("kind") != kind:
+        raise UserError(f"{path} is a {contents.get('kind', 'foreign')!r} file where a {kind!r} file is needed")
+    return contents
+
+
+SAME_RUN = ("fresh", "dry_run", "workers", "log_every", "save_every", "device", "compile", "download", "data_dir")
+
+
+def differences(old, new):
+    """Arguments that change what a run computes and differ between two runs, as readable text."""
+    return [f"--{k.replace('_', '-')} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys())
+            if k not in SAME_RUN and old.get(k) != new.get(k)]
+
+
+def start_or_resume(stage, args, process):
+    """-> the contents of STAGE.resume.pt to go on from, or None for a fresh start.
+
+    Exits 0 where the run is already done; raises UserError where the folder holds a run with other arguments.
+    """
+    final, resume = args.out / f"{stage}.pt", args.out / f"{stage}.resume.pt"
+    if args.fresh and process.rank == 0:
+        number = next(n for n in range(1, 10**6) if not Path(f"{args.out}.{n}").exists())
+        aside = Path(f"{args.out}.{number}")
+        if stage == "vqkd" and args.out.exists():    # everything in the folder stands on the tokenizer
+            args.out.rename(aside)
+        else:                                        # a later stage sets only its own files aside: it needs the others
+            for f in sorted(args.out.glob(f"{stage}.*")):
+                aside.mkdir(exist_ok=True)
+                f.rename(aside / f.name)
+    if process.world_size > 1:
+        dist.barrier()
+    if final.exists():
+        done = read_file(final, kind=stage)
+        changed = differences(done["args"], plain_args(args))
+        if changed:
+            raise UserError(f"{final} is finished with other arguments ({'; '.join(changed)}): choose another --out, or --fresh")
+        if process.rank == 0:
+            files = [f for f, h in source_hashes().items() if done["source_hash"].get(f) != h]
+            print(f"already done: {final}, {json.dumps(done.get('result', {}))}"
+                  + (f"; source files changed since: {', '.join(files)}" if files else ""))
+        raise SystemExit(0)
+    for path in (resume, Path(f"{resume}.prev")):
+        if path.exists():
+            try:
+                state = read_file(path, kind=stage)
+            except UserError as error:
+                print(f"{error}; trying the one before", file=sys.stderr)
+                continue
+            changed = differences(state["args"], plain_args(args))
+            if changed:
+                raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
+                                f"repeat them, choose another --out, or --fresh")
+            return state
+    return None
+
+
+def save_resume(stage, args, contents):
+    """Write STAGE.resume.pt; the one before stays as .prev until the next time."""
+    resume = args.out / f"{stage}.resume.pt"
+    if resume.exists():
+        os.replace(resume, f"{resume}.prev")
+    write_file(resume, contents)
+
+
+def finish(stage, args, contents):
+    """Write the hand-over STAGE.pt, then drop the resume files."""
+    write_file(args.out / f"{stage}.pt", contents)
+    for name in (f"{stage}.resume.pt", f"{stage}.resume.pt.prev"):
+        (args.out / name).unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------- log lines
+class Log:
+    """One JSON line per call on rank 0, appended to STAGE.jsonl; the first line says what the run is.
+
+    On resuming, lines of steps that the resume file does not know are cut off, so that no step stands there twice.
+    """
+
+    def __init__(self, path, args, process, start_step=0, **facts):
+        self.path, self.active, self.begin = Path(path), process.rank == 0, time.time()
+        if not self.active:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if start_step and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line).get("step", -1) < start_step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+        else:
+            self.path.write_text("")
+            self(args=plain_args(args), commit=git_commit(), torch=torch.__version__, python=platform.python_version(),
+                 machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                 processes=process.world_size, device=str(process.device), **facts)
+
+    def __call__(self, **facts):
+        if self.active:
+            facts = {k: round(v, 6) if isinstance(v, float) else v for k, v in facts.items()}
+            with open(self.path, "a") as f:
+                f.write(json.dumps(facts | dict(time=round(time.time() - self.begin, 2))) + "\n")
+
+
+def progress(start, total, process, label):
+    """A tqdm bar on a terminal; where output goes to a file, nothing (the JSON log has it all)."""
+    from tqdm import tqdm
+    return tqdm(range(start, total), initial=start, total=total, desc=label, dynamic_ncols=True,
+                disable=process.rank > 0 or not sys.stderr.isatty())
+
+
+def check_finite(loss, step, args):
+    """Stop a run whose loss is no number any more; what is on disk stays the last good state."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step}: lower --lr or check the images; "
+                        f"the last good state is in {args.out}")
