@@ -168,7 +168,7 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer with the read-outs that BEiT v2 needs.
 
-    drop_path: rate of the last block, or one rate per block.
+    drop_path: stochastic-depth rate of the last block.
     positions: "absolute" (a learned vector per token), "shared" (one relative table for all blocks) or "per_block".
     pool: where the final LayerNorm sits. "mean": fc_norm AFTER the mean over patches ([CLS] left out), or on every
     token if there is no head; "cls" and None: norm on every token, the head then reads [CLS].
@@ -195,9 +195,9 @@ class ViT(nn.Module):
         index = None if positions == "absolute" else relative_position_index(*self.grid)
         self.register_buffer("relative_position_index", index, persistent=False)         # derived, so never saved
         # Stochastic depth grows linearly with depth: early blocks are needed by everything above them.
-        rates = torch.linspace(0, drop_path, depth).tolist() if isinstance(drop_path, (int, float)) else drop_path[:depth]
         own_table = self.grid if positions == "per_block" else None
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate, own_table) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate, own_table)
+                                    for rate in torch.linspace(0, drop_path, depth).tolist())
         if pool == "mean":
             self.fc_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         else:

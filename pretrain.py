@@ -83,13 +83,13 @@ class BEiT(ViT):
 
     def __init__(self, image_size, patch_size, width, depth, heads, codes, *, layer_scale=0.1, drop_path=0.0,
                  early_layer=9, head_depth=2, shared_head=True):
-        # Recipe, not in the paper: the head's blocks take the stochastic-depth rates that follow layer l's.
-        rates = torch.linspace(0, drop_path, max(depth, early_layer + head_depth)).tolist()
         super().__init__(image_size, patch_size, width, depth, heads, positions="shared", layer_scale=layer_scale,
-                         drop_path=rates, pool=None)
+                         drop_path=drop_path, pool=None)
         self.early_layer = early_layer                       # l of the paper counts from 1
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.lm_head = nn.Linear(width, codes)
+        # Recipe, not in the paper: the head's blocks take the stochastic-depth rates that follow layer l's.
+        rates = torch.linspace(0, drop_path, max(depth, early_layer + head_depth)).tolist()
         self.cls_pt_layers = nn.ModuleList(
             Block(width, heads, self.mlp_ratio, layer_scale, rates[early_layer + i]) for i in range(head_depth))
         self.cls_pt_norm = self.cls_pt_lm_head = None        # shared with the main stream, unless

@@ -51,11 +51,12 @@ def l2(x):
 
 def nearest_code(h, codebook, chunk=16384):
     """The token of every vector, Eq. (1).  h (..., D), codebook (K, D) -> (...) long in [0, K).  A pure look-up."""
-    h, v = l2(h.float()), l2(codebook.float())               # float32: bf16 would change about 1 id in 300
-    # Eq. (1):  z_i = argmin_j || l2(h_i) - l2(v_j) ||
-    # On the unit sphere ||a - b||^2 = 2 - 2 a.b, so the nearest code is the one with the largest cosine.
-    # In chunks, so that no more than chunk x K similarities exist at a time.
-    z = [(part @ v.T).argmax(dim=-1) for part in h.flatten(0, -2).split(chunk)]
+    with torch.autocast(h.device.type, enabled=False):       # always float32: bf16 would change about 1 id in 300
+        h, v = l2(h.float()), l2(codebook.float())
+        # Eq. (1):  z_i = argmin_j || l2(h_i) - l2(v_j) ||
+        # On the unit sphere ||a - b||^2 = 2 - 2 a.b, so the nearest code is the one with the largest cosine.
+        # In chunks, so that no more than chunk x K similarities exist at a time.
+        z = [(part @ v.T).argmax(dim=-1) for part in h.flatten(0, -2).split(chunk)]
     return torch.cat(z).view(h.shape[:-1])
 
 

@@ -1,0 +1,45 @@
+"""What the tests share: the project on the path, one thread, a way to run a stage as a user would, the golden files."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs a stage as a whole or several processes; left out of the quick tests")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers_every_time():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden():
+    """golden("name") -> the dict of that file; without the files the test is skipped."""
+    folder = os.environ.get("BEIT2_GOLDEN")
+    if not folder:
+        pytest.skip("BEIT2_GOLDEN is not set: the tensors of the authors' code are not at hand")
+    return lambda name: torch.load(Path(folder) / f"{name}.pt", weights_only=True)
+
+
+def stage(script, *flags, processes=1, check=True, cwd=None):
+    """Run `python SCRIPT FLAGS` (or torchrun) as a user would -> CompletedProcess."""
+    launch = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(launch + [str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=600,
+                          cwd=cwd, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def log_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,42 @@
+"""Eq. (1): z_i = argmin_j || l2(h_i) - l2(v_j) ||."""
+import torch
+
+from vqkd import Codebook, l2, nearest_code
+
+
+def test_nearest_code_is_the_argmin_of_the_distance_on_the_unit_sphere():
+    h, v = torch.randn(3, 7, 8), torch.randn(20, 8)
+    distance = (l2(h)[..., None, :] - l2(v)).norm(dim=-1)            # (3, 7, 20), Eq. (1) as it is printed
+    assert torch.equal(nearest_code(h, v), distance.argmin(dim=-1))
+
+
+def test_every_code_is_its_own_nearest_code():
+    v = torch.randn(50, 16)
+    assert torch.equal(nearest_code(v, v), torch.arange(50))
+
+
+def test_lengths_play_no_part():
+    h, v = torch.randn(2, 9, 8), torch.randn(12, 8)
+    stretched = nearest_code(h * torch.rand(2, 9, 1) * 100, v * (0.1 + torch.rand(12, 1)))
+    assert torch.equal(nearest_code(h, v), stretched)
+
+
+def test_looking_up_in_chunks_changes_nothing():
+    h, v = torch.randn(5, 11, 8), torch.randn(30, 8)
+    assert torch.equal(nearest_code(h, v, chunk=4), nearest_code(h, v))
+
+
+def test_looking_up_leaves_codebook_and_counters_alone():
+    book = Codebook(10, 4)
+    book.embedding.weight.copy_(l2(torch.randn(10, 4)))
+    before = {k: t.clone() for k, t in book.state_dict().items()}
+    book(l2(torch.randn(2, 5, 4)))
+    assert all(torch.equal(t, before[k]) for k, t in book.state_dict().items())
+
+
+def test_the_quantizer_computes_in_float32_under_autocast():
+    h, v = l2(torch.randn(4000, 32)), l2(torch.randn(512, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = nearest_code(h, v)
+    with torch.autocast("cpu", enabled=False):
+        assert torch.equal(low, nearest_code(h, v))
