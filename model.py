@@ -100,16 +100,23 @@ class Attention(nn.Module):
     def forward(self, x, index=None, shared=None):
         q, k, v = self.queries_keys_values(x)
         bias = self.bias(index, shared)
-        # softmax(q k^T / sqrt(D/H) + bias) v, in one fused kernel where the device has one
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype))
+        if q.device.type != "cpu" or (bias is None and q.dtype == torch.float32):
+            # softmax(q k^T / sqrt(D/H) + bias) v in one fused kernel, which never stores the T x T weights
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype))
+        else:                # a CPU is faster with the plain products: its fused kernel knows no bias with a gradient
+            out = attention_weights(q, k, bias).to(v.dtype) @ v
         return self.proj(out.transpose(1, 2).flatten(2))     # (B, T, D)
 
     def weights(self, x, index=None, shared=None):
-        """The soft-max output (B, H, T, T) itself: what attends to what. For pictures; forward never builds it."""
+        """The soft-max output (B, H, T, T) itself: what attends to what. For pictures."""
         q, k, _ = self.queries_keys_values(x)
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        bias = self.bias(index, shared)
-        return (logits if bias is None else logits + bias).softmax(dim=-1)
+        return attention_weights(q, k, self.bias(index, shared))
+
+
+def attention_weights(q, k, bias=None):
+    """softmax(q k^T / sqrt(D/H) + bias): q is scaled first, the bias is not.  2 x (B, H, T, D/H) -> (B, H, T, T)"""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(dim=-1)
 
 
 class Mlp(nn.Module):

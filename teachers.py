@@ -1,174 +1,265 @@
 """Everything a tokenizer can be distilled from: pixels, hand-made features, semantic features (paper, Section 2.2).
 
-    pixel   the patch's own pixels, normalised            what plain autoencoding learns
-    hog     histograms of oriented gradients              hand-made, needs no weights: the default of tiny
-    clip    CLIP ViT-B/16 patch features, projected       the paper's teacher: the default of small and base
-    dino    DINO ViT-B/16 patch features                  the paper's other teacher
-    open_clip:NAME@TAG_OR_FILE, timm:NAME@FILE            any other one
+    pixel                       the patch's own pixels, normalised      what plain autoencoding learns
+    hog                         histograms of oriented gradients        hand-made, needs no weights: the default of tiny
+    clip                        CLIP ViT-B/16 patch features            the paper's teacher: default of small and base
+    dino                        DINO ViT-B/16 patch features            the paper's other teacher
+    open_clip:NAME@TAG_OR_FILE  any CLIP of open_clip with a plain ViT as its image tower
+    timm:NAME@FILE, timm:NAME   any ViT of timm, with weights from a file or timm's own
 
-A teacher is a plain callable: images (B, 3, H, W) in [0, 1] -> features t (B, N, C), float32, without gradient, N = gh x gw
-the STUDENT's patches. It is no module of the student: never trained, never saved, never wrapped.
+A teacher is a plain callable: images (B, 3, H, W) in [0, 1] -> features t (B, N, C), float32, without gradient.
+N = gh x gw are the STUDENT's patches. It is no module of the student: never trained, never saved, never wrapped.
+The network part may run under the caller's autocast.
 """
+# Shapes used in this file:  B images, N = gh x gw patches, C features of a patch (`dim`), p patch size in pixels
+import contextlib
+import logging
 import math
+import os
+import sys
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import engine
-from model import IMAGENET_MEAN, IMAGENET_STD
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NAMES = "clip, dino, open_clip:NAME@TAG_OR_FILE, timm:NAME@FILE, hog, pixel"
 
 
 def build_teacher(name, grid, patch_size, device):
-    """-> a teacher whose patches are the student's `grid` (gh, gw) of `patch_size` pixels each."""
+    """-> the teacher called `name`, whose patches are the student's: `grid` (gh, gw) of `patch_size` pixels each."""
+    grid = (grid[0], grid[1])
     kind, _, rest = name.partition(":")
     model, _, weights = rest.partition("@")
     if name == "pixel":
-        return PixelTeacher(patch_size)
-    if name == "hog":
-        return HogTeacher(patch_size)
-    if name == "clip":
-        return ClipTeacher("ViT-B-16-quickgelu", "openai", grid, device)
-    if name == "dino":
-        return TimmTeacher("vit_base_patch16_224.dino", "", grid, device)
-    if kind == "open_clip" and model and weights:
-        return ClipTeacher(model, weights, grid, device)
-    if kind == "timm" and model:
-        return TimmTeacher(model, weights, grid, device)
-    raise engine.UserError(f"--teacher {name} is not known; choose from {NAMES}")
+        teacher = PixelTeacher(patch_size)
+    elif name == "hog":
+        teacher = HogTeacher(patch_size)
+    elif name == "clip":
+        teacher = ClipTeacher("ViT-B-16-quickgelu", "openai", grid, device)
+    elif name == "dino":
+        teacher = TimmTeacher("vit_base_patch16_224.dino", "", grid, device)
+    elif kind == "open_clip" and model and weights:
+        teacher = ClipTeacher(model, weights, grid, device)
+    elif kind == "timm" and model:
+        teacher = TimmTeacher(model, weights, grid, device)
+    else:
+        raise engine.UserError(f"--teacher {name} is not known: choose from {NAMES}")
+    teacher.name = name
+    return teacher
 
 
 # ---------------------------------------------------------------------------------------------------- without weights
+def check_size(images, patch_size):
+    h, w = images.shape[-2:]
+    if h % patch_size or w % patch_size:
+        raise ValueError(f"image size {h}x{w} is not a multiple of the patch size {patch_size}")
+
+
 class PixelTeacher:
-    """Each patch's pixels, made zero mean and unit variance patch by patch (as MAE's target)."""
+    """Each patch's pixels, made zero mean and unit variance patch by patch, as the target of MAE is.
+
+    What is left is texture and edges at full detail: a code has no reason to keep what the patch means.
+    """
 
     def __init__(self, patch_size):
         self.patch_size, self.dim = patch_size, 3 * patch_size ** 2
 
     @torch.no_grad()
     def __call__(self, images):
-        patches = F.unfold(images.float(), self.patch_size, stride=self.patch_size).transpose(1, 2)      # (B, N, 3pp)
-        mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
-        return (patches - mean) / (var + 1e-6).sqrt()
+        check_size(images, self.patch_size)
+        patches = F.unfold(images.float(), self.patch_size, stride=self.patch_size).transpose(1, 2)   # (B, N, 3 p p)
+        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) / (var + 1e-6).sqrt()          # 1e-6: a flat patch gives zeros
 
 
 class HogTeacher:
     """Histograms of oriented gradients (Dalal and Triggs, 2005) of a patch and its surroundings.
 
-    Cells of half a patch hold `bins` orientations of 0..180 degrees, each pixel voting with its gradient's length, shared
-    between the two nearest bins. A patch is described by its 2 x 2 cells and the ring of 12 cells around them, normalised
-    to unit length together. So brightness, contrast, colour and polarity drop out and the outline stays.
+    Cells of half a patch (4 px for patch 8, the customary 8 px for patch 16) hold `bins` orientations of 0 to 180
+    degrees: a dark object on light ground has the outline of a light one on dark. Each pixel votes with its gradient's
+    length, shared between the two nearest bins. A patch is described by its own 2 x 2 cells and the ring of 12 cells
+    around them (zeros beyond the image): not only which stroke the patch holds, but how the stroke goes on outside.
+    The 16 cells are one block: centred and normalised to unit length together. So brightness, contrast, colour and
+    polarity drop out and the outline stays, which is about what tells one shape from another.
     """
-    bins = 9
 
-    def __init__(self, patch_size):
-        if patch_size % 2:
-            raise engine.UserError(f"--teacher hog needs an even patch size, not {patch_size}")
-        self.cell, self.dim = patch_size // 2, 16 * self.bins
+    def __init__(self, patch_size, bins=9):
+        # Cells per patch side: 2 where that divides, else 3, else the whole patch. The ring is one cell wide.
+        self.per_patch = next(n for n in (2, 3, 1) if patch_size % n == 0)
+        self.patch_size, self.cell, self.bins = patch_size, patch_size // self.per_patch, bins
+        self.dim = (self.per_patch + 2) ** 2 * bins            # 144 for even patches
 
     @torch.no_grad()
     def __call__(self, images):
-        grey = F.pad(images.float().mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")           # (B, 1, H+2, W+2)
-        dx = grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2]
-        dy = grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]
-        # Soft vote: 1 at the bin's own orientation, falling linearly to 0 at its neighbours'.
-        angle = torch.atan2(dy, dx) * (self.bins / math.pi)                          # in bins; +-180 degrees are one
-        centres = torch.arange(self.bins, device=images.device).view(1, -1, 1, 1)
-        away = (angle - centres + self.bins / 2) % self.bins - self.bins / 2         # signed distance on the circle
-        votes = (1 - away.abs()).clamp(min=0) * torch.hypot(dx, dy)                  # (B, bins, H, W)
-        cells = F.avg_pool2d(votes, self.cell)                                       # (B, bins, 2gh, 2gw)
-        around = F.unfold(F.pad(cells, (1, 1, 1, 1)), 4, stride=2).transpose(1, 2)   # (B, N, 16 * bins)
-        # Without its mean a feature points away from what all patches share, and the cosine measures what differs.
-        around = around - around.mean(dim=-1, keepdim=True)
-        # The constant says how faint an edge may be and still count: about a step of 2 % over one pixel row.
-        return around / (around.norm(dim=-1, keepdim=True) + 0.02)
+        check_size(images, self.patch_size)
+        B, _, H, W = images.shape
+        rows, columns = H // self.cell, W // self.cell
+        # Gradients by central differences, borders repeated: at the edge of the image half a difference, no false edge.
+        grey = F.pad(images.float().mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]  # (B, H+2, W+2)
+        dx = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]              # (B, H, W)
+        dy = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+        # Soft vote. Bin k stands for a gradient at k * 180/bins degrees: a vertical edge is bin 0. At angle a (in bins)
+        # the share 1 - (a - floor a) goes to bin floor a and the rest to the next one, round the circle.
+        angle = torch.atan2(dy, dx) * (self.bins / math.pi)      # -bins .. bins: opposite directions agree modulo bins
+        low = angle.floor()
+        length = torch.hypot(dx, dy) / self.cell ** 2            # a cell is the mean over its pixels
+        upper = length * (angle - low)
+        low = low.long() % self.bins
+        # One scatter into all histograms: (bins x pixels) is never built, which makes this several times faster.
+        y, x = (torch.arange(n, device=images.device) // self.cell for n in (H, W))
+        first = (torch.arange(B, device=images.device)[:, None, None] * rows + y[:, None]) * columns + x
+        first = first * self.bins                                # (B, H, W), where the histogram of its cell starts
+        cells = torch.zeros(B * rows * columns * self.bins, device=images.device)
+        cells.scatter_add_(0, (first + low).flatten(), (length - upper).flatten())
+        cells.scatter_add_(0, (first + (low + 1) % self.bins).flatten(), upper.flatten())
+        cells = cells.view(B, rows, columns, self.bins).permute(0, 3, 1, 2)   # (B, bins, rows, columns)
+        # 1 + n + 1 cells in each direction around every patch, from cells padded by the width of the ring.
+        t = F.unfold(F.pad(cells, (1, 1, 1, 1)), self.per_patch + 2, stride=self.per_patch)              # (B, C, N)
+        t = t.transpose(1, 2)                                    # (B, N, C)
+        # Histograms are positive, so any two of them point much the same way. Without their mean they differ in
+        # direction, which is what the cosine of Eq. (2) reads.
+        t = t - t.mean(dim=-1, keepdim=True)
+        # The constant keeps a flat block at zero (no 0/0), and scales a faint one down: not its direction.
+        return t / (t.norm(dim=-1, keepdim=True) + 0.02)
 
 
 # ------------------------------------------------------------------------------------------------------ with weights
-def to_teacher(images, grid, patch_size, mean, std):
-    """The teacher's door: resize so that its patches are the student's, clamp to [0, 1], its own mean and std."""
-    size = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+def to_teacher(images, size, mean, std):
+    """The teacher's door: resize to `size` (H, W), clamp to [0, 1] (bicubic overshoots), its own mean and std."""
     images = images.float()
-    if tuple(images.shape[-2:]) != size:
+    if tuple(images.shape[-2:]) != tuple(size):
         images = F.interpolate(images, size, mode="bicubic", antialias=True)
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
     return (images.clamp(0, 1) - mean) / std
 
 
 def resize_positions(positions, old, new):
-    """Learned position vectors (1 + N, C), [CLS] first, from grid `old` to grid `new` (bicubic)."""
+    """Learned positions (1 + N, C), [CLS] first, from grid `old` to grid `new`: bicubic, as open_clip and timm do."""
     if old == new:
         return positions
-    patches = positions[1:].T.reshape(1, -1, *old)
-    patches = F.interpolate(patches.float(), new, mode="bicubic", align_corners=False).flatten(2)[0].T
-    return torch.cat([positions[:1], patches.to(positions.dtype)])
+    patches = positions[1:].T.reshape(1, -1, *old)                # (1, C, gh, gw)
+    patches = F.interpolate(patches, new, mode="bicubic", antialias=True).flatten(2)[0].T
+    return torch.cat([positions[:1], patches])
 
 
 class ClipTeacher:
     """Patch features of a CLIP image tower: ln_post AND the projection on every patch token, [CLS] dropped.
 
-    OpenAI's weights were trained with QuickGELU, x * sigmoid(1.702 x). With the ordinary GELU they load without complaint
-    and give wrong features, so an architecture without "quickgelu" is refused for them.
+    CLIP trained this last step for [CLS] only. It takes the patches to the space where images meet words.
     """
 
     def __init__(self, name, weights, grid, device):
         import open_clip
+        full = f"open_clip:{name}@{weights}"
         if name not in open_clip.list_models():
-            raise engine.UserError(f"open_clip knows no model {name}; open_clip.list_models() names them all")
-        quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
-        if "openai" in Path(weights).stem.lower() and not quick:
-            raise engine.UserError(f"OpenAI's weights need QuickGELU, which {name} has not: use {name}-quickgelu")
-        try:
-            model = open_clip.create_model(name, pretrained=weights, device="cpu")
-        except Exception as error:                                       # hub clients raise many kinds of errors
-            raise engine.UserError(cannot_load(f"open_clip:{name}@{weights}", error)) from error
-        self.tower = model.visual.to(device).eval().requires_grad_(False)                # the text tower is let go
-        self.grid, self.native = grid, tuple(self.tower.grid_size)
-        self.mean = tuple(getattr(self.tower, "image_mean", None) or CLIP_MEAN)
-        self.std = tuple(getattr(self.tower, "image_std", None) or CLIP_STD)
-        with torch.no_grad():
-            self.tower.positional_embedding.data = resize_positions(self.tower.positional_embedding.data, self.native, grid)
-        projection = self.tower.proj
-        self.dim = self.tower.ln_post.weight.shape[0] if projection is None else projection.shape[1]
+            raise engine.UserError(f"--teacher {full}: open_clip has no model {name}; see open_clip.list_models()")
+        tag = open_clip.get_pretrained_cfg(name, weights)
+        if not tag and not Path(weights).is_file():
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise engine.UserError(f"--teacher {full}: {weights} is no file and none of the tags of {name} ({tags})")
+        refuse_wrong_activation(full, name, weights, tag, open_clip.get_model_config(name).get("quick_gelu", False))
+        with loading(full):
+            tower = open_clip.create_model(name, pretrained=weights, device="cpu").visual    # the text tower is let go
+        plain = isinstance(tower, open_clip.transformer.VisionTransformer)
+        if not plain or tower.attn_pool is not None or tower.final_ln_after_pool:
+            raise engine.UserError(f"--teacher {full}: the image tower is no plain ViT with a norm on all tokens; "
+                                   f"take a model like ViT-B-16 or ViT-L-14, or timm:NAME@FILE")
+        self.mean, self.std = tower.image_mean, tower.image_std
+        self.size = tuple(g * p for g, p in zip(grid, tower.patch_size))
+        positions = tower.positional_embedding
+        positions.data = resize_positions(positions.data, tuple(tower.grid_size), grid)
+        self.dim = positions.shape[1] if tower.proj is None else tower.proj.shape[1]
+        self.tower = tower.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, images):
         tower = self.tower
-        x = to_teacher(images, self.grid, tower.patch_size, self.mean, self.std)
-        x = tower.conv1(x).flatten(2).transpose(1, 2)
-        x = torch.cat([tower.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        x = tower.conv1(to_teacher(images, self.size, self.mean, self.std)).flatten(2).transpose(1, 2)   # (B, N, width)
+        x = torch.cat([tower.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)           # (B, 1 + N, width)
         x = tower.transformer(tower.ln_pre(x + tower.positional_embedding.to(x.dtype)))
-        x = tower.ln_post(x[:, 1:])
-        return (x if tower.proj is None else x @ tower.proj.to(x.dtype)).float()
+        x = tower.ln_post(x)[:, 1:]
+        return (x if tower.proj is None else x @ tower.proj).float()                                     # (B, N, C)
+
+
+def refuse_wrong_activation(full, name, weights, tag, quick_gelu):
+    """OpenAI's CLIPs (and some later ones) use QuickGELU, x * sigmoid(1.702 x). An activation has no parameters, so
+    their weights load into a network with the exact GELU without complaint, and every feature is somewhat wrong."""
+    if quick_gelu:
+        return
+    from_openai = "openai" in Path(weights).name.lower() or ".openai" in weights.lower()   # a file or the hub's folder
+    if tag.get("quick_gelu", False) if tag else from_openai:
+        raise engine.UserError(f"--teacher {full}: these weights were trained with QuickGELU and {name} has the exact "
+                               f"GELU, which gives wrong features: use open_clip:{name}-quickgelu@{weights}")
+    if not tag:                        # a file does not say which activation its weights were trained with
+        note(f"--teacher {full}: using the exact GELU; if {weights} comes from OpenAI (or DFN, MetaCLIP), which use "
+             f"QuickGELU, the features are wrong: then take {name}-quickgelu")
 
 
 class TimmTeacher:
-    """Final-norm patch tokens of a timm Vision Transformer, [CLS] and registers dropped."""
+    """Final-norm patch tokens of a ViT of timm; [CLS] and registers dropped."""
 
     def __init__(self, name, weights, grid, device):
         import timm
+        full = f"timm:{name}@{weights}" if weights else f"timm:{name}"
         if not timm.is_model(name.partition(".")[0]):
-            raise engine.UserError(f"timm knows no model {name}; timm.list_models() names them all")
-        try:
-            model = timm.create_model(name, pretrained=not weights, num_classes=0, dynamic_img_size=False,
-                                      checkpoint_path=weights)
-            patch = model.patch_embed.patch_size
-            self.data = dict(model.pretrained_cfg)
-            model.set_input_size((grid[0] * patch[0], grid[1] * patch[1]))           # positions interpolated
-        except Exception as error:
-            raise engine.UserError(cannot_load(f"timm:{name}@{weights}", error)) from error
-        self.model, self.grid, self.patch, self.dim = model.to(device).eval().requires_grad_(False), grid, patch, model.num_features
-        self.mean, self.std = self.data.get("mean", IMAGENET_MEAN), self.data.get("std", IMAGENET_STD)
+            raise engine.UserError(f"--teacher {full}: timm has no model {name}; timm.list_models() names them")
+        if weights and not Path(weights).is_file():
+            raise engine.UserError(f"--teacher {full}: there is no file {weights}")
+        with loading(full):
+            model = timm.create_model(name, pretrained=not weights, num_classes=0)
+            if weights:
+                load_timm(model, weights)
+        if not all(hasattr(model, part) for part in ("set_input_size", "num_prefix_tokens", "patch_embed")):
+            raise engine.UserError(f"--teacher {full}: {name} is no plain ViT, whose patch tokens could be read")
+        self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+        self.size = tuple(g * p for g, p in zip(grid, model.patch_embed.patch_size))
+        model.set_input_size(self.size)                        # interpolates the positions; nothing at the native size
+        self.dim, self.skip = model.num_features, model.num_prefix_tokens
+        self.model = model.to(device).eval().requires_grad_(False)
+        # Networks made for mean pooling carry their final norm behind the pooling: here it goes on each token.
+        self.fc_norm = getattr(model, "fc_norm", nn.Identity())
 
     @torch.no_grad()
     def __call__(self, images):
-        x = self.model.forward_features(to_teacher(images, self.grid, self.patch, self.mean, self.std))
-        return x[:, self.model.num_prefix_tokens:].float()
+        x = self.model.forward_features(to_teacher(images, self.size, self.mean, self.std))
+        return self.fc_norm(x)[:, self.skip:].float()                                                    # (B, N, C)
 
 
-def cannot_load(name, error):
-    return (f"the teacher {name} could not be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): fetch its weights "
-            f"on a machine with a network and pass open_clip:NAME@FILE or timm:NAME@FILE, or use --teacher hog, which needs none")
+def load_timm(model, path):
+    """Weights of a file into a timm model, translated by timm; every weight of the model must be there."""
+    import timm
+    state = timm.models.load_state_dict(path)                  # timm reads with weights_only
+    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    found = model.load_state_dict(translate(state, model) if translate else state, strict=False)
+    extra = [n for n in found.unexpected_keys if not n.startswith(("head", "fc.", "mask_token", "decoder"))]
+    if found.missing_keys or extra:
+        raise ValueError(f"missing {found.missing_keys[:3]}, not expected {extra[:3]}")
+
+
+def note(text):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def loading(full):
+    """Whatever goes wrong inside becomes one sentence with the ways to get a teacher; the hub's chatter is muted."""
+    if not Path(full.partition("@")[2]).is_file():
+        note(f"loading the weights of {full} (downloaded the first time)")
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    except Exception as error:         # the network, the hub, torch.load and load_state_dict each raise their own kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "TorchScript" in str(error):
+            reason = "the file is a TorchScript archive, which is code: take the plain weights (.safetensors) instead"
+        name = full.partition("@")[0]
+        raise engine.UserError(
+            f"the weights of --teacher {full} could not be loaded ({reason}); fetch their file where a network is "
+            f"and name it ({name}@FILE), or choose another of {NAMES}; hog and pixel need no weights") from error
+    finally:
+        logging.disable(before)

@@ -31,9 +31,9 @@ import teachers
 from model import PRESETS, ViT, count_parameters, initialise
 
 RECIPES = {              # base: REFERENCE.md section 2 (the paper has this one tokenizer for both backbones); tiny, small: ours
-    "tiny": dict(teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, lr=1.5e-3, min_lr=1e-5,
-                 beta2=0.99, weight_decay=1e-4, batch_size=128, epochs=8, warmup_epochs=1, decay=0.97,
-                 continuous_steps=90, restart_every=20, crop_scale=0.6),
+    "tiny": dict(teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, lr=2e-3, min_lr=1e-5,
+                 beta2=0.99, weight_decay=1e-4, batch_size=64, epochs=5, warmup_epochs=1, decay=0.97,
+                 continuous_steps=376, restart_every=20, crop_scale=0.6),
     "small": dict(teacher="clip", codes=2048, code_dim=32, encoder_depth=12, decoder_depth=1, lr=5e-5, min_lr=1e-5,
                   beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=128, epochs=100, warmup_epochs=10, decay=0.99,
                   continuous_steps=0, restart_every=0, crop_scale=0.08),

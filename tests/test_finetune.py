@@ -1,0 +1,343 @@
+"""Fine-tuning: rates by layer, mixed targets, pooling, recipes, and the stage as a student runs it."""
+import argparse
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import log_lines, stage
+
+import engine
+import finetune
+from engine import UserError
+from finetune import RECIPES, choose_labels, hits, layer_of, mix, recipe_for, smooth_targets, soft_cross_entropy
+from model import PRESETS, ViT
+from pretrain import BEiT
+
+TINY = PRESETS["tiny"]
+QUICK = ["--limit", "60", "--batch-size", "20", "--workers", "0", "--amp", "no", "--device", "cpu"]
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A folder with a pretrain.pt of random weights, as pretrain.py leaves it."""
+    torch.manual_seed(0)
+    model = BEiT(48, 8, TINY["width"], TINY["depth"], TINY["heads"], 64, early_layer=4)
+    engine.write_file(tmp_path / "pretrain.pt", dict(
+        kind="pretrain", preset="tiny", model=model.state_dict(), epochs=8, classes=None,
+        arch=dict(image_size=48, patch_size=8, width=model.width, depth=model.depth, heads=model.heads)))
+    return tmp_path
+
+
+def tiny_vit(**options):
+    return ViT(16, 8, 24, 2, 3, **options).eval()
+
+
+# --------------------------------------------------------------------------------------------------------- layer decay
+@pytest.mark.parametrize("name, layer", [
+    ("cls_token", 0), ("pos_embed", 0), ("patch_embed.proj.weight", 0), ("blocks.0.attn.q_bias", 1),
+    ("blocks.0.attn.relative_position_bias_table", 1), ("blocks.11.gamma_2", 12), ("fc_norm.weight", 13),
+    ("norm.bias", 13), ("head.weight", 13), ("rel_pos_bias.relative_position_bias_table", 13)])
+def test_the_layer_of_a_parameter_counts_from_the_embeddings(name, layer):
+    assert layer_of(name, depth=12) == layer
+
+
+def test_each_block_learns_slower_than_the_next_by_the_same_factor():
+    model = tiny_vit(num_classes=5)
+    groups = engine.param_groups(model.named_parameters(), 0.05, layer_id=lambda name: layer_of(name, 2),
+                                 layer_decay=0.65, depth=2)
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert set(scale) == {name for name, _ in model.named_parameters()}
+    assert scale["head.weight"] == 1 and scale["blocks.1.mlp.fc1.weight"] == 0.65
+    assert scale["blocks.0.mlp.fc1.weight"] == pytest.approx(0.65 ** 2)
+    assert scale["cls_token"] == scale["patch_embed.proj.weight"] == pytest.approx(0.65 ** 3)
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+def test_smoothing_leaves_a_distribution_with_the_stated_share_on_every_other_class():
+    targets = smooth_targets(torch.tensor([2, 0]), classes=5, smoothing=0.1)
+    torch.testing.assert_close(targets[0], torch.tensor([0.02, 0.02, 0.92, 0.02, 0.02]))
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(2))
+
+
+def test_soft_cross_entropy_is_label_smoothing_where_nothing_is_mixed():
+    logits, labels = torch.randn(6, 5), torch.randint(5, (6,))
+    torch.testing.assert_close(soft_cross_entropy(logits, smooth_targets(labels, 5, 0.1)),
+                               F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_targets_are_mixed_exactly_as_much_as_the_pixels_are(alphas):
+    pytest.importorskip("timm")
+    labels = torch.arange(6)                                 # image i is i everywhere, so its mean tells the mixture
+    plain = labels.view(6, 1, 1, 1).expand(6, 3, 20, 20).float()
+    for draw in range(20):
+        engine.seed_all(draw)
+        images, targets = mix(plain.clone(), labels, 6, *alphas, smoothing=0.0)
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
+        torch.testing.assert_close(images.mean(dim=(1, 2, 3)), targets @ labels.float(), atol=1e-4, rtol=1e-4)
+        for i in range(6):                                   # its partner is image 5 - i
+            assert set(targets[i].nonzero()[:, 0].tolist()) <= {i, 5 - i}
+
+
+def test_mixed_targets_keep_the_smoothing():
+    pytest.importorskip("timm")
+    engine.seed_all(1)
+    _, targets = mix(torch.rand(6, 3, 20, 20), torch.arange(6), 6, 0.8, 1.0, smoothing=0.1)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
+    torch.testing.assert_close(targets.min(dim=1).values, torch.full((6,), 0.1 / 6))
+    for i in range(6):
+        torch.testing.assert_close(targets[i, i] + targets[i, 5 - i], torch.tensor(0.9 + 2 * 0.1 / 6))
+
+
+def test_mixing_is_a_function_of_the_seed_and_switched_off_by_zero():
+    pytest.importorskip("timm")
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    twice = []
+    for _ in range(2):
+        engine.seed_all(0, 7)
+        twice.append(mix(images.clone(), labels, 4, 0.8, 1.0, 0.1)[0])
+    assert torch.equal(*twice) and not torch.equal(twice[0], images)
+    assert torch.equal(mix(images, labels, 4, 0.0, 0.0, 0.1)[0], images)
+
+
+def test_top1_and_top5_count_what_they_say():
+    logits = torch.tensor([[9., 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]])
+    first, fifth = hits(logits, torch.tensor([0, 4, 5]))
+    assert (first.item(), fifth.item()) == (1, 2)
+    assert hits(logits[:, :3], torch.tensor([0, 1, 2]))[1].item() == 3       # fewer than five classes
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+def test_few_labels_are_exactly_so_many_of_every_class_and_a_function_of_the_seed():
+    labels = torch.arange(100) % 7
+    chosen = choose_labels(labels, 5, seed=3)
+    assert labels[chosen].bincount().tolist() == [5] * 7 and len(set(chosen.tolist())) == 35
+    assert torch.equal(chosen, choose_labels(labels, 5, seed=3))
+    assert not torch.equal(chosen, choose_labels(labels, 5, seed=4))
+    with pytest.raises(UserError, match="has only 14"):
+        choose_labels(labels, 15)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+@pytest.mark.parametrize("preset, length, init, lr, epochs, warmup, decay, drop, mixup, cutmix", [
+    ("base", 300, "pretrain", 5e-4, 100, 20, 0.65, 0.1, 0.8, 1.0),
+    ("base", 1600, "pretrain", 5e-4, 100, 20, 0.60, 0.2, 0.8, 1.0),
+    ("base", 300, "21k", 5e-5, 30, 20, 0.75, 0.1, 0, 0),
+    ("large", 300, "pretrain", 5e-4, 50, 5, 0.8, 0.2, 0.8, 1.0),
+    ("large", 1600, "pretrain", 2e-4, 50, 5, 0.8, 0.2, 0.8, 1.0),
+    ("large", 1600, "21k", 7e-5, 20, 5, 0.8, 0.25, 0, 0)])
+def test_recipes_are_the_papers_table(preset, length, init, lr, epochs, warmup, decay, drop, mixup, cutmix):
+    row = recipe_for(preset, length, init)
+    assert [row[k] for k in ("lr", "epochs", "warmup_epochs", "layer_decay", "drop_path", "mixup", "cutmix")] == [
+        lr, epochs, warmup, decay, drop, mixup, cutmix]
+    common = [row[k] for k in ("batch_size", "weight_decay", "smoothing", "min_lr", "erasing", "crop_scale")]
+    assert common == [1024, 0.05, 0.1, 1e-6, 0.25, 0.08] and row["randaugment"] == "rand-m9-mstd0.5-inc1"
+
+
+def test_scratch_has_one_rate_for_all_layers_and_an_unknown_length_counts_as_300():
+    assert recipe_for("base", None, "scratch")["layer_decay"] == 1.0
+    assert recipe_for("base", None) == recipe_for("base", 300) == RECIPES["base"]
+
+
+@pytest.mark.parametrize("stated", [dict(epochs=1600), dict(args=argparse.Namespace(epochs=1600))])     # ours, released
+def test_flags_win_over_the_length_of_pretraining_read_from_the_checkpoint(tmp_path, stated):
+    model = BEiT(224, 16, 768, 1, 12, 8, early_layer=1)
+    engine.write_file(tmp_path / "pretrain.pt", dict(model=model.state_dict(), **stated))
+    args = finetune.parse_args(["--model", "base", "--out", str(tmp_path), "--drop-path", "0.3"])
+    assert (args.layer_decay, args.drop_path, args.lr, args.image_size) == (0.60, 0.3, 5e-4, 224)
+
+
+# ------------------------------------------------------------------------------------------------------------- pooling
+def logits_with(model, change):
+    """Logits when `change` has edited the last block's output."""
+    def hook(module, inputs, output):
+        output = output.clone()
+        change(output)
+        return output
+    handle = model.blocks[-1].register_forward_hook(hook)
+    try:
+        return model(torch.ones(1, 3, 16, 16))
+    finally:
+        handle.remove()
+
+
+def test_mean_pooling_ignores_cls_and_cls_pooling_ignores_patches():
+    def nothing(tokens):
+        pass
+
+    def alter_cls(tokens):
+        tokens[:, 0] += torch.randn(24)
+
+    def alter_patches(tokens):
+        tokens[:, 1:] += torch.randn(24)
+
+    for pool, unread, read in (("mean", alter_cls, alter_patches), ("cls", alter_patches, alter_cls)):
+        model = tiny_vit(pool=pool, num_classes=5)
+        assert torch.equal(logits_with(model, unread), logits_with(model, nothing))
+        assert not torch.equal(logits_with(model, read), logits_with(model, nothing))
+
+
+def test_the_mean_is_taken_before_the_norm():
+    model = tiny_vit(num_classes=5)
+    tokens, = model.features(torch.ones(2, 3, 16, 16), blocks=[-1])
+    torch.testing.assert_close(model(torch.ones(2, 3, 16, 16)), model.head(model.fc_norm(tokens[:, 1:].mean(dim=1))))
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_a_new_head_knows_nothing_and_the_norm_is_fresh_only_for_mean_pooling(pretrained, pool):
+    args = finetune.parse_args(["--out", str(pretrained), "--pool", pool])
+    model, report = finetune.build(args, classes=10)
+    loss = F.cross_entropy(model.eval()(torch.randn(4, 3, 48, 48)), torch.arange(4))
+    assert loss.item() == pytest.approx(math.log(10), abs=1e-3)
+    assert {k.split(".")[0] for k in report.missing} == ({"fc_norm", "head"} if pool == "mean" else {"head"})
+
+
+def test_a_head_is_kept_for_the_same_classes_and_begun_afresh_for_others(tmp_path):
+    model = ViT(**TINY, num_classes=3)
+    names = ["cat", "cow", "dog"]
+    engine.write_file(tmp_path / "21k.pt", dict(kind="finetune", model=model.state_dict(), classes=names))
+    args = finetune.parse_args(["--init", "21k", "--checkpoint", str(tmp_path / "21k.pt")])
+    kept, _ = finetune.build(args, 3, names)
+    assert torch.equal(kept.head.weight, model.head.weight)
+    for classes in (["ant", "bee", "fly"], ["ant", "bee"]):
+        fresh, report = finetune.build(args, len(classes), classes)
+        assert report.missing == ["head.weight", "head.bias"] and fresh.head.weight.abs().max() < 1e-3
+        assert torch.equal(fresh.fc_norm.weight, model.fc_norm.weight)
+
+
+def test_a_tokenizers_encoder_can_be_fine_tuned_and_its_norm_goes_along(tmp_path):
+    encoder = ViT(**TINY | dict(depth=4, layer_scale=0.0), positions="absolute")
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    state["quantize.embedding.weight"] = torch.zeros(64, 16)
+    engine.write_file(tmp_path / "vqkd.pt", dict(kind="vqkd", model=state, arch=dict(TINY, depth=4)))
+    args = finetune.parse_args(["--checkpoint", str(tmp_path / "vqkd.pt")])
+    model, report = finetune.build(args, classes=10)
+    assert model.depth == 4 and model.heads == TINY["heads"] and report.missing == ["head.weight", "head.bias"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the stage
+def figures(path):
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "time")} for line in log_lines(path)[1:]]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_started_again_ends_with_the_same_bits_and_log(pretrained, monkeypatch):
+    flags = QUICK + ["--steps", "7", "--log-every", "1", "--save-every", "3", "--evaluations", "3",
+                     "--micro-batch", "10", "--drop-path", "0.3", "--mixup", "0.8", "--cutmix", "1",
+                     "--erasing", "0.25", "--checkpoint", str(pretrained / "pretrain.pt")]
+    whole, parts = pretrained / "whole", pretrained / "parts"
+    finetune.main(flags + ["--out", str(whole)])
+
+    save = engine.save_resume
+
+    def save_and_die(*args):
+        save(*args)
+        raise Killed
+    monkeypatch.setattr(engine, "save_resume", save_and_die)
+    for _ in range(2):                                       # killed after 3 and after 6 of 7 steps
+        with pytest.raises(Killed):
+            finetune.main(flags + ["--out", str(parts)])
+    assert (parts / "finetune.resume.pt.prev").exists()
+    finetune.main(flags + ["--out", str(parts)])
+    one, two = (engine.read_file(folder / "finetune.pt") for folder in (whole, parts))
+    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+    assert figures(whole / "finetune.jsonl") == figures(parts / "finetune.jsonl")
+    assert not (parts / "finetune.resume.pt").exists()
+
+
+def test_the_script_lowers_the_loss_and_its_file_says_what_it_is(pretrained, capsys):
+    done = stage("finetune.py", *QUICK, "--out", pretrained, "--steps", 20, "--log-every", 1, "--lr", "3e-3")
+    lines = log_lines(pretrained / "finetune.jsonl")
+    losses = [line["loss"] for line in lines if "lr" in line]
+    assert losses[0] == pytest.approx(math.log(10), abs=0.01) and sum(losses[-3:]) / 3 < losses[0] - 0.1
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert lines[-1]["summary"] == summary["summary"] == 1
+    assert lines[-1]["top1"] == pytest.approx(summary["top1"], abs=1e-3)
+    assert {"top1", "top5", "best_top1", "best_epoch", "loss", "images"} <= summary.keys()
+    file = engine.read_file(pretrained / "finetune.pt", kind="finetune")
+    assert len(file["classes"]) == 10 and file["preset"] == "tiny" and file["args"]["init"] == "pretrain"
+    ViT(**file["arch"]).load_state_dict(file["model"])
+
+    with pytest.raises(SystemExit) as finished:              # the same command again
+        finetune.main(QUICK + ["--out", str(pretrained), "--steps", "20", "--log-every", "1", "--lr", "3e-3"])
+    assert finished.value.code == 0 and "already done" in capsys.readouterr().out
+    result = finetune.main(QUICK + ["--out", str(pretrained), "--eval"])
+    assert all(result[k] == file["result"][k] for k in ("top1", "top5", "images"))
+    assert result["loss"] == pytest.approx(file["result"]["loss"])
+
+
+def test_scratch_needs_no_file_and_few_labels_are_few(tmp_path):
+    result = finetune.main(QUICK + ["--limit", "200", "--init", "scratch", "--out", str(tmp_path), "--steps", "2",
+                                    "--labels-per-class", "4", "--micro-batch", "7"])
+    assert result["images"] == 200 and log_lines(tmp_path / "finetune.jsonl")[0]["images"] == 40
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_count_as_one_does(pretrained):
+    run = [*QUICK[2:], "--limit", 41, "--steps", 3, "--log-every", 1, "--drop-path", 0]
+    first = ["--checkpoint", pretrained / "pretrain.pt"]
+    stage("finetune.py", *run, *first, "--out", pretrained / "one")
+    stage("finetune.py", *run, *first, "--out", pretrained / "two", processes=2)
+    one, two = (engine.read_file(pretrained / name / "finetune.pt") for name in ("one", "two"))
+    assert one["result"]["images"] == two["result"]["images"] == 41          # every image once, though 41 is odd
+    assert two["result"]["top1"] == pytest.approx(one["result"]["top1"])
+    assert two["result"]["loss"] == pytest.approx(one["result"]["loss"], abs=1e-5)
+    for k in one["model"]:
+        # The mean, because Adam makes a whole step of rounding errors where the gradient is as good as zero.
+        assert (two["model"][k] - one["model"][k]).abs().mean() < 2e-6, k
+    # Evaluation alone: the same weights, so the same counts to the last image.
+    stage("finetune.py", *run, "--eval", "--out", pretrained / "one", processes=2)
+    again = log_lines(pretrained / "one" / "finetune_eval.jsonl")[-1]
+    assert all(again[k] == pytest.approx(one["result"][k], abs=1e-5) for k in ("top1", "top5", "images", "loss"))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize("flags, sentence", [
+    ([], "there is no file .*pretrain.pt; make it with python pretrain.py"),
+    (["--init", "21k"], "--init 21k needs --checkpoint"),
+    (["--init", "scratch", "--checkpoint", "x.pt"], "leave out --checkpoint"),
+    (["--init", "scratch", "--model", "huge"], "--model huge"),
+    (["--init", "scratch", "--image-size", "50"], "50x50 is not a multiple of the patch size 8"),
+    (["--init", "scratch", "--layer-decay", "0"], "--layer-decay must lie in"),
+    (["--init", "scratch", "--mixup", "nan"], "--mixup must be a finite number"),
+    (["--eval"], "there is no file .*finetune.pt"),
+    (["--init", "scratch", "--data", "/nowhere"], "/nowhere"),
+    (["--init", "scratch", "--randaugment", "nonsense"], "--randaugment nonsense"),
+    (["--init", "scratch", "--limit", "4"], "4 training images do not fill"),
+    (["--init", "scratch", "--labels-per-class", "50"], "--labels-per-class 50"),
+    (["--init", "scratch", "--batch-size", "15", "--mixup", "1"], "MixUp pairs"),
+])
+def test_mistakes_are_one_sentence(tmp_path, flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        finetune.main(QUICK + ["--out", str(tmp_path)] + flags)
+    assert not (tmp_path / "finetune.pt").exists()
+
+
+def test_checkpoints_of_another_kind_or_size_are_refused(pretrained):
+    out = ["--out", str(pretrained)]
+    with pytest.raises(UserError, match="is no classifier"):
+        finetune.main(QUICK + out + ["--init", "21k", "--checkpoint", str(pretrained / "pretrain.pt")])
+    with pytest.raises(UserError, match="width 128, --model base has 768"):
+        finetune.main(QUICK + out + ["--model", "base"])
+    with pytest.raises(UserError, match="--patch-size 16"):
+        finetune.main(QUICK + out + ["--patch-size", "16"])
+    engine.write_file(pretrained / "classifier.pt", dict(model=ViT(**TINY, num_classes=4).state_dict()))
+    with pytest.raises(UserError, match="is a classifier already: use --init 21k"):
+        finetune.main(QUICK + out + ["--checkpoint", str(pretrained / "classifier.pt")])
+    with pytest.raises(UserError, match="knows 4 classes, shapes has 10"):
+        finetune.main(QUICK + out + ["--eval", "--checkpoint", str(pretrained / "classifier.pt")])
+
+
+def test_a_mistake_exits_with_code_2_and_no_traceback(tmp_path):
+    done = stage("finetune.py", "--out", tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "pretrain.pt" in done.stderr
+
+
+def test_dry_run_needs_neither_data_nor_checkpoint(tmp_path, capsys):
+    assert finetune.main(["--model", "base", "--data", "/nowhere", "--dry-run", "--out", str(tmp_path)]) is None
+    assert "layer_decay        0.65" in capsys.readouterr().out
