@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent
 Process = collections.namedtuple("Process", "rank world_size device")
+POSITIVE = ("limit", "image_size", "patch_size", "batch_size", "micro_batch", "epochs", "steps", "log_every", "save_every")
 
 
 class UserError(Exception):
@@ -73,27 +74,25 @@ def add_run_args(parser):
 
 
 def with_recipe(args, recipes):
-    """Fill every flag left at None from the preset's row of the stage's RECIPES. Raises UserError for what cannot be."""
+    """Fill every flag left at None: from the preset's row of the stage's RECIPES, else from what all stages share."""
     if args.model not in recipes:
         raise UserError(f"--model {args.model} is not a preset of this stage; choose from {', '.join(recipes)}")
-    for name, value in recipes[args.model].items():
+    tiny = args.model == "tiny"
+    shared = dict(out=Path("runs") / args.model, log_every=20, save_every=200,
+                  data="shapes" if tiny else "datasets/imagenet", workers=1 if tiny else min(8, os.cpu_count() or 1))
+    for name, value in (shared | recipes[args.model]).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    tiny = args.model == "tiny"
-    cores = os.cpu_count() or 1
-    for name, value in dict(out=Path("runs") / args.model, log_every=20, save_every=500,
-                            data="shapes" if tiny else "datasets/imagenet", workers=1 if tiny else min(8, cores)).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("limit", "image_size", "patch_size", "batch_size", "micro_batch", "epochs", "steps", "log_every", "save_every"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.workers < 0:
-        raise UserError(f"--workers must be 0 or more, not {args.workers}")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
+    check_ranges(args, [(name, 1, 10**12) for name in POSITIVE] + [("workers", 0, 1024)])
     return args
+
+
+def check_ranges(args, ranges):
+    """Refuse a flag outside its (name, low, high), NaN included. Flags that stayed at None pass."""
+    for name, low, high in ranges:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {value}")
 
 
 def resolve_steps(args, images):
@@ -121,13 +120,12 @@ def split_batch(batch_size, micro_batch, world_size):
 
 # --------------------------------------------------------------------------------------------- processes and devices
 def init_distributed(device="auto"):
-    """-> Process(rank, world_size, device), for `python STAGE.py` and `torchrun STAGE.py` alike: nccl on GPUs, else gloo."""
+    """-> Process, for `python STAGE.py` and `torchrun STAGE.py` alike: nccl on GPUs, else gloo."""
+    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu")
+        device = "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise UserError(f"--device {device}: torch sees no such device here; use --device cpu")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -167,7 +165,7 @@ def autocast(device, amp):
 
 
 def resolve_amp(amp, device):
-    """auto is bf16 on CUDA, and on a CPU that has bf16 matrix instructions if a product runs 1.5 times faster with them."""
+    """auto: bf16 on CUDA, and on a CPU with bf16 matrix instructions if they make a product 1.5 times faster."""
     if amp != "auto":
         return amp
     if device.type == "cuda":
@@ -188,7 +186,7 @@ def timed(function):
 
 
 def to_float(images, device):
-    """uint8 (or already float) images to float32 in [0, 1] on the device; they travel as uint8, a quarter of the bytes."""
+    """uint8 images to float32 in [0, 1] on the device: they travel as bytes, a quarter of the size. Floats stay."""
     images = images.to(device, non_blocking=True)
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
@@ -199,7 +197,7 @@ def seed_all(*numbers):
     these numbers alone, so that no generator state has to be saved."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     value = int.from_bytes(digest, "little")
-    # Not torch.manual_seed: without CUDA in use it spends 100 us a call on preparing for it, and this runs once per image.
+    # Not torch.manual_seed, which spends 100 us a call on a CUDA that is not in use: this runs once per image.
     torch.default_generator.manual_seed(value % 2**63)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value % 2**63)
@@ -219,7 +217,8 @@ def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def param_groups(named_parameters, weight_decay, skip=("cls_token", "pos_embed"), layer_id=None, layer_decay=1.0, depth=0):
+def param_groups(named_parameters, weight_decay, skip=("cls_token", "pos_embed"), layer_id=None, layer_decay=1.0,
+                 depth=0):
     """AdamW groups. No weight decay for 1-D parameters, biases and names in `skip` (whole or as their last part);
     mask_token and relative-position tables ARE decayed. With layer_decay < 1 layer i learns at
     lr_scale = layer_decay ** (depth + 1 - i), where layer_id(name) gives i (0: embeddings, depth + 1: head)."""
@@ -230,8 +229,8 @@ def param_groups(named_parameters, weight_decay, skip=("cls_token", "pos_embed")
         no_decay = p.ndim == 1 or name.endswith(".bias") or name in skip or name.rsplit(".", 1)[-1] in skip
         layer = depth + 1 if layer_id is None else layer_id(name)
         group = groups.setdefault((layer, no_decay), dict(
-            params=[], names=[], weight_decay=0.0 if no_decay else weight_decay,
-            lr_scale=layer_decay ** (depth + 1 - layer)))
+            params=[], names=[], lr_scale=layer_decay ** (depth + 1 - layer),
+            weight_decay=0.0 if no_decay else weight_decay))
         group["params"].append(p)
         group["names"].append(name)
     return list(groups.values())
@@ -262,7 +261,7 @@ def git_commit():
         return "unknown"
 
 
-def describe_run(kind, args, model_name=None):
+def describe_run(kind, args):
     """What every file says about itself, beside its weights."""
     return dict(kind=kind, preset=args.model, data=str(args.data), image_size=args.image_size, args=plain_args(args),
                 commit=git_commit(), source_hash=source_hashes(), torch=str(torch.__version__))
@@ -301,10 +300,9 @@ def read_file(path, kind=None, remedy=""):
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds objects other than tensors and numbers, or is damaged, and was not loaded") from error
+        raise UserError(f"{path} holds objects other than tensors and numbers, or is damaged: not loaded") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is not a readable checkpoint (truncated, or no checkpoint at all): make or fetch it anew"
-                        ) from error
+        raise UserError(f"{path} is no readable checkpoint (truncated, or none at all): make or fetch it anew") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
     if kind is not None and contents.get("kind") != kind:
@@ -321,6 +319,17 @@ def differences(old, new):
             if k not in SAME_RUN and old.get(k) != new.get(k)]
 
 
+def set_aside(stage, out):
+    """--fresh: earlier results move to OUT.1 (or .2 ...). With the tokenizer goes the whole folder, which stands on it;
+    a later stage moves only its own files, for it needs the others."""
+    aside = Path(next(f"{out}.{n}" for n in range(1, 10**6) if not Path(f"{out}.{n}").exists()))
+    if stage == "vqkd" and out.exists():
+        out.rename(aside)
+    for f in sorted(out.glob(f"{stage}.*")):
+        aside.mkdir(exist_ok=True)
+        f.rename(aside / f.name)
+
+
 def start_or_resume(stage, args, process):
     """-> the contents of STAGE.resume.pt to go on from, or None for a fresh start.
 
@@ -328,38 +337,30 @@ def start_or_resume(stage, args, process):
     """
     final, resume = args.out / f"{stage}.pt", args.out / f"{stage}.resume.pt"
     if args.fresh and process.rank == 0:
-        number = next(n for n in range(1, 10**6) if not Path(f"{args.out}.{n}").exists())
-        aside = Path(f"{args.out}.{number}")
-        if stage == "vqkd" and args.out.exists():    # everything in the folder stands on the tokenizer
-            args.out.rename(aside)
-        else:                                        # a later stage sets only its own files aside: it needs the others
-            for f in sorted(args.out.glob(f"{stage}.*")):
-                aside.mkdir(exist_ok=True)
-                f.rename(aside / f.name)
+        set_aside(stage, args.out)
     if process.world_size > 1:
         dist.barrier()
-    if final.exists():
-        done = read_file(final, kind=stage)
-        changed = differences(done["args"], plain_args(args))
+    for path in (final, resume, Path(f"{resume}.prev")):
+        if not path.exists():
+            continue
+        try:
+            state = read_file(path, kind=stage)
+        except UserError as error:
+            if path == final:
+                raise
+            print(f"{error}; trying the one before", file=sys.stderr)
+            continue
+        changed = differences(state["args"], plain_args(args))
         if changed:
-            raise UserError(f"{final} is finished with other arguments ({'; '.join(changed)}): choose another --out, or --fresh")
-        if process.rank == 0:
-            files = [f for f, h in source_hashes().items() if done["source_hash"].get(f) != h]
-            print(f"already done: {final}, {json.dumps(done.get('result', {}))}"
-                  + (f"; source files changed since: {', '.join(files)}" if files else ""))
-        raise SystemExit(0)
-    for path in (resume, Path(f"{resume}.prev")):
-        if path.exists():
-            try:
-                state = read_file(path, kind=stage)
-            except UserError as error:
-                print(f"{error}; trying the one before", file=sys.stderr)
-                continue
-            changed = differences(state["args"], plain_args(args))
-            if changed:
-                raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
-                                f"repeat them, choose another --out, or --fresh")
-            return state
+            raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
+                            f"repeat them, choose another --out, or add --fresh")
+        if path == final:
+            files = [f for f, h in source_hashes().items() if state["source_hash"].get(f) != h]
+            if process.rank == 0:
+                print(f"already done: {final}, {json.dumps(state.get('result', {}))}"
+                      + (f"; source files changed since: {', '.join(files)}" if files else ""))
+            raise SystemExit(0)
+        return state
     return None
 
 
@@ -391,14 +392,13 @@ class Log:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if start_step and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line).get("step", -1) < start_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]           # whole lines only
+            self.path.write_text("".join(f"{x}\n" for x in lines if json.loads(x).get("step", -1) < start_step))
         else:
             self.path.write_text("")
-            self(args=plain_args(args), commit=git_commit(), torch=str(torch.__version__), python=platform.python_version(),
-                 machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
-                 processes=process.world_size, device=str(process.device), **facts)
+            self(args=plain_args(args), commit=git_commit(), torch=str(torch.__version__),
+                 python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count(),
+                 threads=torch.get_num_threads(), processes=process.world_size, device=str(process.device), **facts)
 
     def __call__(self, **facts):
         if self.active:

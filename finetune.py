@@ -179,13 +179,10 @@ def parse_args(argv=None):
     if args.init != "scratch" and args.patch_size != facts["patch_size"]:
         raise UserError(f"--patch-size {args.patch_size}: the weights have {facts['patch_size']}; leave the flag out")
     weights.grid_of(args.image_size, args.patch_size)
-    for name, low, high in (("lr", 0, 10), ("min_lr", 0, 10), ("layer_decay", 1e-3, 1), ("weight_decay", 0, 10),
-                            ("drop_path", 0, 0.99), ("warmup_epochs", 0, 10**6), ("crop_scale", 1e-3, 1),
-                            ("erasing", 0, 1), ("mixup", 0, 100), ("cutmix", 0, 100), ("smoothing", 0, 0.99),
-                            ("evaluations", 1, 10**6), ("labels_per_class", 1, 10**9)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {value}")
+    engine.check_ranges(args, [
+        ("lr", 0, 10), ("min_lr", 0, 10), ("layer_decay", 1e-3, 1), ("weight_decay", 0, 10), ("drop_path", 0, 0.99),
+        ("warmup_epochs", 0, 10**6), ("crop_scale", 1e-3, 1), ("erasing", 0, 1), ("mixup", 0, 100), ("cutmix", 0, 100),
+        ("smoothing", 0, 0.99), ("evaluations", 1, 10**6), ("labels_per_class", 1, 10**9)])
     return args
 
 

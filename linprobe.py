@@ -188,7 +188,7 @@ def load_source(name, args, device):
         preset = PRESETS[args.model] | dict(image_size=size)
         preset["patch_size"] = args.patch_size or preset["patch_size"]
         model, paper = ViT(**preset, positions="shared", pool=None), "cls"
-        initialise(model, cut=1.0, convolutions=True)        # as pre-training starts
+        initialise(model, preset.get("init_std", 0.02), cut=1.0, convolutions=True)          # as pre-training starts
         rescale_residual_branches(model.blocks)
     else:
         stage = "vqkd" if name == "tokenizer" else "pretrain"

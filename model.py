@@ -17,12 +17,15 @@ from torch import nn
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 PRESETS = {              # base, large: REFERENCE.md section 3; tiny (for a CPU) and small are ours
-    "tiny": dict(image_size=48, patch_size=8, width=128, depth=6, heads=4, layer_scale=0.1),
+    # tiny must learn in minutes. A std of 0.02 is made for width 768: width 128 needs 0.02 * sqrt(768 / 128) for the same
+    # size of activations. And position tables that start at zero make all hidden patches alike for hundreds of steps.
+    "tiny": dict(image_size=48, patch_size=8, width=128, depth=6, heads=4, layer_scale=1.0, init_std=0.05,
+                 position_std=2.0),
     "small": dict(image_size=224, patch_size=16, width=384, depth=12, heads=6, layer_scale=0.1),
     "base": dict(image_size=224, patch_size=16, width=768, depth=12, heads=12, layer_scale=0.1),
     "large": dict(image_size=224, patch_size=16, width=1024, depth=24, heads=16, layer_scale=1e-5),
 }
-LAYER_NORM_EPS = 1e-6    # Recipe, not in the paper; torch's default is 1e-5 and shows in the fourth digit of every token
+LAYER_NORM_EPS = 1e-6    # Recipe, not in the paper; torch's default of 1e-5 shows in the fourth digit of every token
 
 
 def imagenet_normalize(images):
@@ -56,13 +59,17 @@ def position_bias(table, index):
     return F.embedding(index, table).permute(2, 0, 1).contiguous()
 
 
+def position_table(grid, heads):
+    """One row per offset between two patches of the grid, and three for [CLS]; starts at zero, without preference."""
+    return nn.Parameter(torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads))
+
+
 class RelativePositionBias(nn.Module):
-    """One table for all blocks, as in pre-training: the bias is then computed once per step."""
+    """One table for all blocks, as in pre-training: the bias is then built once per step."""
 
     def __init__(self, grid, heads):
         super().__init__()
-        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))      # starts at zero: no preference
+        self.relative_position_bias_table = position_table(grid, heads)
 
     def forward(self, index):
         return position_bias(self.relative_position_bias_table, index)
@@ -80,11 +87,8 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
-        if grid is not None:                                 # a table of this block's own (fine-tuning)
-            rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
-        else:
-            self.relative_position_bias_table = None
+        # A grid means a table of this block's own (fine-tuning); without one there is a shared table, or none.
+        self.relative_position_bias_table = None if grid is None else position_table(grid, heads)
 
     def queries_keys_values(self, x):
         B, T, D = x.shape
@@ -182,7 +186,8 @@ class ViT(nn.Module):
     """
 
     def __init__(self, image_size=224, patch_size=16, width=768, depth=12, heads=12, *, in_channels=3, mlp_ratio=4.0,
-                 positions="per_block", layer_scale=0.1, drop_path=0.0, pool="mean", num_classes=0):
+                 positions="per_block", layer_scale=0.1, drop_path=0.0, pool="mean", num_classes=0,
+                 init_std=0.02, position_std=0.0):
         super().__init__()
         height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch_size or breadth % patch_size:
@@ -211,8 +216,11 @@ class ViT(nn.Module):
             self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         if num_classes > 0:
             self.head = nn.Linear(width, num_classes)
-        initialise(self)
+        initialise(self, init_std)
         rescale_residual_branches(self.blocks)
+        for name, table in self.named_parameters():
+            if name.endswith("relative_position_bias_table") and position_std:
+                nn.init.normal_(table, std=position_std)     # Ours, for tiny: each head starts with its own neighbourhood
 
     def embed(self, x, mask=None):
         """Image (B, C, H, W) to tokens (B, T, D). mask (B, N) bool: patches replaced by mask_token (pre-training)."""

@@ -30,8 +30,8 @@ from model import PRESETS, Block, ViT, count_parameters, imagenet_normalize, ini
 from vqkd import load_tokenizer
 
 RECIPES = {              # base, large: REFERENCE.md section 3; tiny, small: ours
-    "tiny": dict(early_layer=4, head_depth=2, lr=2e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0, drop_path=0.0,
-                 batch_size=128, epochs=8, warmup_epochs=1, color_jitter=0.0, crop_scale=0.6),
+    "tiny": dict(early_layer=4, head_depth=2, lr=2e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0,
+                 drop_path=0.0, batch_size=64, epochs=4, warmup_epochs=1, color_jitter=0.0, crop_scale=1.0),
     "small": dict(early_layer=9, head_depth=2, lr=1.5e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0, drop_path=0.0,
                   batch_size=2048, micro_batch=256, epochs=300, warmup_epochs=10, color_jitter=0.4, crop_scale=0.2),
     "base": dict(early_layer=9, head_depth=2, lr=1.5e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0, drop_path=0.0,
@@ -82,9 +82,9 @@ class BEiT(ViT):
     """The backbone with a mask token, a head over the K codes and, for patch aggregation, a few blocks on the side."""
 
     def __init__(self, image_size, patch_size, width, depth, heads, codes, *, layer_scale=0.1, drop_path=0.0,
-                 early_layer=9, head_depth=2, shared_head=True):
+                 early_layer=9, head_depth=2, shared_head=True, init_std=0.02, position_std=0.0):
         super().__init__(image_size, patch_size, width, depth, heads, positions="shared", layer_scale=layer_scale,
-                         drop_path=drop_path, pool=None)
+                         drop_path=drop_path, pool=None, position_std=position_std)
         self.early_layer = early_layer                       # l of the paper counts from 1
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.lm_head = nn.Linear(width, codes)
@@ -97,7 +97,7 @@ class BEiT(ViT):
             self.cls_pt_norm, self.cls_pt_lm_head = nn.LayerNorm(width, eps=self.norm.eps), nn.Linear(width, codes)
         # Differs from the released code, which initialises before it adds the aggregation blocks and so leaves those
         # at the framework's default.
-        initialise(self, cut=1, convolutions=True)
+        initialise(self, init_std, cut=1, convolutions=True)
         rescale_residual_branches(self.blocks)
         rescale_residual_branches(self.cls_pt_layers, first_layer=early_layer + 1)
 
@@ -189,11 +189,10 @@ def parse_args(argv=None):
         args.head_depth = 0
     if args.tokenizer is None:
         args.tokenizer = Path("runs/base/vqkd.pt") if args.model == "large" else args.out / "vqkd.pt"
-    for name, low, high in (("early_layer", 1, preset["depth"]), ("head_depth", 0, 100), ("mask_patches", 1, patches - 1),
-                            ("mask_min_block", 1, patches), ("crop_scale", 1e-3, 1), ("color_jitter", 0, 1), ("lr", 0, 10),
-                            ("clip_grad", 0, 1e6), ("drop_path", 0, 0.99), ("warmup_epochs", 0, 10**6)):
-        if not low <= getattr(args, name) <= high:
-            raise engine.UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {getattr(args, name)}")
+    engine.check_ranges(args, [
+        ("early_layer", 1, preset["depth"]), ("head_depth", 0, 100), ("mask_patches", 1, patches - 1), ("lr", 0, 10),
+        ("mask_min_block", 1, patches), ("crop_scale", 1e-3, 1), ("color_jitter", 0, 1), ("min_lr", 0, 10), ("beta2", 0, 0.9999),
+        ("weight_decay", 0, 10), ("clip_grad", 0, 1e6), ("drop_path", 0, 0.99), ("warmup_epochs", 0, 10**6)])
     return args
 
 
@@ -332,9 +331,8 @@ def train(args, process):
 
 # --- files ------------------------------------------------------------------------------------------------------------
 def build(args, codes):
-    p = PRESETS[args.model]
-    return BEiT(args.image_size, args.patch_size, p["width"], p["depth"], p["heads"], codes, layer_scale=p["layer_scale"],
-                drop_path=args.drop_path, early_layer=args.early_layer, head_depth=args.head_depth,
+    preset = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
+    return BEiT(**preset, codes=codes, drop_path=args.drop_path, early_layer=args.early_layer, head_depth=args.head_depth,
                 shared_head=not args.separate_head)
 
 

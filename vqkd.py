@@ -207,11 +207,10 @@ def parse_args(argv=None):
     args = engine.with_recipe(p.parse_args(argv), RECIPES)
     args.image_size = args.image_size or PRESETS[args.model]["image_size"]
     args.patch_size = args.patch_size or PRESETS[args.model]["patch_size"]
-    for name, low, high in (("codes", 2, 2**20), ("code_dim", 1, 4096), ("encoder_depth", 1, 100), ("decoder_depth", 1, 100),
-                            ("decay", 0, 1), ("beta", 0, 1e3), ("continuous_steps", 0, 10**9), ("restart_every", 0, 10**9),
-                            ("crop_scale", 1e-3, 1), ("lr", 0, 10), ("min_lr", 0, 10), ("warmup_epochs", 0, 10**6)):
-        if not low <= getattr(args, name) <= high:
-            raise engine.UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {getattr(args, name)}")
+    engine.check_ranges(args, [
+        ("codes", 2, 2**20), ("code_dim", 1, 4096), ("encoder_depth", 1, 100), ("decoder_depth", 1, 100), ("decay", 0, 1),
+        ("beta", 0, 1e3), ("continuous_steps", 0, 10**9), ("restart_every", 0, 10**9), ("crop_scale", 1e-3, 1), ("lr", 0, 10),
+        ("min_lr", 0, 10), ("beta2", 0, 0.9999), ("weight_decay", 0, 10), ("warmup_epochs", 0, 10**6)])
     if args.image_size % args.patch_size:
         raise engine.UserError(f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}")
     return args
