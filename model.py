@@ -17,8 +17,8 @@ from torch import nn
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 PRESETS = {              # base, large: REFERENCE.md section 3; tiny (for a CPU) and small are ours
-    # tiny must learn in minutes. A std of 0.02 is made for width 768: width 128 needs 0.02 * sqrt(768 / 128) for the same
-    # size of activations. And position tables that start at zero make all hidden patches alike for hundreds of steps.
+    # tiny must learn in minutes. A std of 0.02 is made for width 768: width 128 needs 0.02 * sqrt(768 / 128) for the
+    # same size of activations. And tables that start at zero make all hidden patches alike for hundreds of steps.
     "tiny": dict(image_size=48, patch_size=8, width=128, depth=6, heads=4, layer_scale=1.0, init_std=0.05,
                  position_std=2.0),
     "small": dict(image_size=224, patch_size=16, width=384, depth=12, heads=6, layer_scale=0.1),
@@ -219,8 +219,8 @@ class ViT(nn.Module):
         initialise(self, init_std)
         rescale_residual_branches(self.blocks)
         for name, table in self.named_parameters():
-            if name.endswith("relative_position_bias_table") and position_std:
-                nn.init.normal_(table, std=position_std)     # Ours, for tiny: each head starts with its own neighbourhood
+            if position_std and name.endswith("relative_position_bias_table"):
+                nn.init.normal_(table, std=position_std)     # ours, for tiny: each head starts with neighbours of its own
 
     def embed(self, x, mask=None):
         """Image (B, C, H, W) to tokens (B, T, D). mask (B, N) bool: patches replaced by mask_token (pre-training)."""

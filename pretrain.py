@@ -1,18 +1,18 @@
-"""Stage 2, masked image modelling with patch aggregation: the pre-training that gives BEiT v2 its backbone (Section 2.3).
+"""Stage 2, masked image modelling with patch aggregation: the pre-training of BEiT v2's backbone (paper, Section 2.3).
 
     image --frozen tokenizer--> z                              what each patch is called, the target
-    image --hide 40 % of the patches--> ViT --last layer-----------------------> logits      Eq. (3): name the hidden
-                                         \\--[CLS] of layer L + patches of layer l--> shallow head --> logits_cls   Eq. (4)
+    image --hide 40 % of the patches--> ViT --last layer--> logits                  Eq. (3): name the hidden patches
+                                          `--[CLS] of layer L, patches of layer l--> shallow head--> logits_cls   Eq. (4)
 
 The shallow head gets patches that know little of the rest of the image, so it can only name the hidden ones if [CLS]
-tells it what the image shows: that teaches [CLS] to summarise.  At the start both losses are ln K, that of a blind guess.
+tells it what the image shows: that teaches [CLS] to summarise.  At the start each loss is ln K, that of a blind guess.
 
 Read in this order: sample_block_mask, aggregate, BEiT, mim_loss, train.
 
     python pretrain.py                                                      # tiny on built-in shapes: CPU, minutes
     torchrun --nproc_per_node=8 pretrain.py --model base --data /imagenet   # the paper's run
 """
-# Shapes used in this file:  B images, N = gh x gw patches, T = 1 + N tokens, D width, K codes, M hidden patches in a batch
+# Shapes used in this file:  B images, N = gh x gw patches, T = 1 + N tokens, D width, K codes, M hidden in a batch
 
 import argparse
 import math
@@ -29,15 +29,15 @@ import engine
 from model import PRESETS, Block, ViT, count_parameters, imagenet_normalize, initialise, rescale_residual_branches
 from vqkd import load_tokenizer
 
-RECIPES = {              # base, large: REFERENCE.md section 3; tiny, small: ours
-    "tiny": dict(early_layer=4, head_depth=2, lr=2e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0,
-                 drop_path=0.0, batch_size=64, epochs=4, warmup_epochs=1, color_jitter=0.0, crop_scale=1.0),
-    "small": dict(early_layer=9, head_depth=2, lr=1.5e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0, drop_path=0.0,
-                  batch_size=2048, micro_batch=256, epochs=300, warmup_epochs=10, color_jitter=0.4, crop_scale=0.2),
-    "base": dict(early_layer=9, head_depth=2, lr=1.5e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0, drop_path=0.0,
-                 batch_size=2048, micro_batch=128, epochs=300, warmup_epochs=10, color_jitter=0.4, crop_scale=0.2),
-    "large": dict(early_layer=21, head_depth=2, lr=1.5e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0, drop_path=0.0,
-                  batch_size=2048, micro_batch=64, epochs=300, warmup_epochs=10, color_jitter=0.4, crop_scale=0.2),
+PAPER = dict(            # REFERENCE.md section 3
+    early_layer=9, head_depth=2, lr=1.5e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0, drop_path=0.0,
+    batch_size=2048, micro_batch=128, epochs=300, warmup_epochs=10, color_jitter=0.4, crop_scale=0.2)
+RECIPES = {              # tiny, small: ours
+    "tiny": dict(PAPER, early_layer=4, lr=2e-3, batch_size=64, micro_batch=64, epochs=4, warmup_epochs=1,
+                 color_jitter=0.0, crop_scale=1.0),
+    "small": dict(PAPER, micro_batch=256),
+    "base": PAPER,
+    "large": dict(PAPER, early_layer=21, micro_batch=64),
 }
 LONG_RUN = dict(beta2=0.999, drop_path=0.1)      # base and large from 1600 epochs on (REFERENCE.md section 3)
 
@@ -102,7 +102,7 @@ class BEiT(ViT):
         rescale_residual_branches(self.cls_pt_layers, first_layer=early_layer + 1)
 
     def streams(self, x, mask):
-        """-> the last layer's tokens and the shallow head's (None without aggregation), both (B, T, D) before the norm."""
+        """-> the last layer's tokens and the shallow head's (None without it), both (B, T, D), before the norm."""
         shared = self.shared_bias()                          # one position bias for all blocks and the head
         early, last = self.features(x, [self.early_layer - 1, self.depth - 1], mask, shared)
         if len(self.cls_pt_layers) == 0:
@@ -131,11 +131,16 @@ def mim_loss(logits, logits_cls, z):
     return loss_mim + loss_cls, (loss_mim.detach(), loss_cls.detach())
 
 
+def accuracy(logits, z):
+    """Share of hidden patches named right, in percent.  logits (M, K), z (M,)"""
+    return 100 * (logits.argmax(dim=-1) == z).float().mean().item()
+
+
 def nearest_visible_code(z, mask, grid):
-    """A guesser that knows nothing but continuity: every patch's nearest visible patch lends its code. (B, N) -> (B, N)"""
+    """A guesser that knows continuity alone: each patch's nearest visible patch lends its code. (B, N) -> (B, N)"""
     y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     cells = torch.stack([y.flatten(), x.flatten()], dim=1).float().to(z.device)
-    distance = torch.cdist(cells, cells)[None] + mask[:, None, :] * 1e6          # (B, N, N): hidden patches lend nothing
+    distance = torch.cdist(cells, cells)[None] + mask[:, None, :] * 1e6      # (B, N, N): hidden patches lend nothing
     return z.gather(1, distance.argmin(dim=-1))
 
 
@@ -149,13 +154,26 @@ class MaskedViews:
         return self.views(image), sample_block_mask(*self.grid, self.count, self.min_block).flatten()
 
 
+class StillViews:
+    """The same two views without chance, for evaluation."""
+
+    def __init__(self, size, tokenizer):
+        sizes = dict.fromkeys([size, tokenizer.encoder.image_size[0]])       # one view where both take the same size
+        self.transforms = [data.eval_transform(s) for s in sizes]
+
+    def __call__(self, image):
+        views = tuple(t(image) for t in self.transforms)
+        return views if len(views) > 1 else views[0]
+
+
 # --- arguments --------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engine.add_run_args(p)
-    p.add_argument("--tokenizer", type=Path, help="VQ-KD file, ours or released; default OUT/vqkd.pt (large: runs/base/vqkd.pt)")
+    p.add_argument("--tokenizer", type=Path, 
+                   help="VQ-KD file, ours or released; default OUT/vqkd.pt (large: runs/base/vqkd.pt)")
     g = p.add_argument_group("patch aggregation")
-    g.add_argument("--early-layer", type=int, help="l: patches for the shallow head come from this block; base: 9 of 12")
+    g.add_argument("--early-layer", type=int, help="l, the block whose patches the shallow head gets; base: 9 of 12")
     g.add_argument("--head-depth", type=int, help="blocks of the shallow head; base: 2")
     g.add_argument("--no-aggregation", action="store_true", help="train Eq. (3) alone, without the shallow head")
     g.add_argument("--separate-head", action="store_true", help="a norm and code head of its own for the shallow head")
@@ -170,7 +188,7 @@ def parse_args(argv=None):
     g.add_argument("--beta2", type=float, help="of AdamW; base: 0.98 (0.999 from 1600 epochs on)")
     g.add_argument("--weight-decay", type=float, help="base: 0.05")
     g.add_argument("--clip-grad", type=float, help="largest gradient norm, 0 for none; base: 3")
-    g.add_argument("--drop-path", type=float, help="stochastic depth of the last block; base: 0 (0.1 from 1600 epochs on)")
+    g.add_argument("--drop-path", type=float, help="stochastic depth, last block; base: 0 (0.1 from 1600 epochs on)")
     g.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up; base: 10")
     args = p.parse_args(argv)
     if args.model in ("base", "large") and (args.epochs or 0) >= 1600:
@@ -191,8 +209,9 @@ def parse_args(argv=None):
         args.tokenizer = Path("runs/base/vqkd.pt") if args.model == "large" else args.out / "vqkd.pt"
     engine.check_ranges(args, [
         ("early_layer", 1, preset["depth"]), ("head_depth", 0, 100), ("mask_patches", 1, patches - 1), ("lr", 0, 10),
-        ("mask_min_block", 1, patches), ("crop_scale", 1e-3, 1), ("color_jitter", 0, 1), ("min_lr", 0, 10), ("beta2", 0, 0.9999),
-        ("weight_decay", 0, 10), ("clip_grad", 0, 1e6), ("drop_path", 0, 0.99), ("warmup_epochs", 0, 10**6)])
+        ("mask_min_block", 1, patches), ("crop_scale", 1e-3, 1), ("color_jitter", 0, 1), ("min_lr", 0, 10),
+        ("beta2", 0, 0.9999), ("weight_decay", 0, 10), ("clip_grad", 0, 1e6), ("drop_path", 0, 0.99),
+        ("warmup_epochs", 0, 10**6)])
     return args
 
 
@@ -206,10 +225,11 @@ def views_to_device(views, device):
 
 
 def commonest_codes(tokenizer, dataset, args, process, most=4096):
-    """The commonest code of every grid position over (at most `most`) training images: (N,). A guesser blind to the image."""
+    """The commonest code of every grid position over `most` training images, evenly spread: (N,). Blind to the image."""
     counts = torch.zeros(tokenizer.encoder.num_patches, len(tokenizer.quantize.cluster_size), device=process.device)
-    batches = data.eval_batches(min(most, len(dataset)), 256, process.rank, process.world_size)
-    for (views, _), _ in data.make_loader(dataset, batches, 0, process.device):
+    n, most = len(dataset), min(most, len(dataset))
+    batches = [[i * n // most for i in b] for b in data.eval_batches(most, 256, process.rank, process.world_size)]
+    for (views, _), _ in data.make_loader(dataset, batches, args.workers, process.device):
         with engine.autocast(process.device, args.amp):
             z = tokenizer.encode(views_to_device(views, process.device)[1])
         counts += F.one_hot(z, counts.shape[1]).sum(dim=0)
@@ -218,11 +238,11 @@ def commonest_codes(tokenizer, dataset, args, process, most=4096):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, dataset, commonest, args, process):
-    """Losses, both accuracies and those of the two trivial guessers, in percent, over all hidden patches of the data set."""
+    """Losses, both heads' accuracies and those of the two trivial guessers, in percent, over all hidden patches."""
     model.eval()
     totals = torch.zeros(7, dtype=torch.double, device=process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
-    for (views, mask), _ in data.make_loader(dataset, batches, 0, process.device):
+    for (views, mask), _ in data.make_loader(dataset, batches, args.workers, process.device):
         images, tokenizer_images = views_to_device(views, process.device)
         mask = mask.to(process.device)
         with engine.autocast(process.device, args.amp):
@@ -250,15 +270,16 @@ def train(args, process):
     grid = (args.image_size // args.patch_size,) * 2
     if tokenizer.encoder.grid != grid:
         # Each network has its own patch size; what must agree is the grid, patch for patch.
-        raise engine.UserError(f"the tokenizer {args.tokenizer} has {tokenizer.encoder.grid} patches, the backbone {grid}: "
-                               f"train one with python vqkd.py --image-size {args.image_size} --patch-size {args.patch_size}")
+        raise engine.UserError(
+            f"the tokenizer {args.tokenizer} has {tokenizer.encoder.grid} patches, the backbone {grid}: train one with "
+            f"python vqkd.py --image-size {args.image_size} --patch-size {args.patch_size}")
     views = data.mim_transform(args.image_size, tokenizer.encoder.image_size[0], scale=(args.crop_scale, 1.0),
                                color_jitter=args.color_jitter)
-    still = data.eval_transform(args.image_size)             # held-out images: no random crop, but a mask
+    masks = (grid, args.mask_patches, args.mask_min_block)
     options = dict(data_dir=args.data_dir, limit=args.limit, seed=args.seed, labelled=False)
-    train_set = data.open_data(args.data, "train", MaskedViews(views, grid, args.mask_patches, args.mask_min_block),
-                               download=args.download, **options)
-    val_set = data.open_data(args.data, "val", MaskedViews(still, grid, args.mask_patches, args.mask_min_block), **options)
+    train_set = data.open_data(args.data, "train", MaskedViews(views, *masks), download=args.download, **options)
+    # Held-out images: no random crop, but a mask, the same one every time.
+    val_set = data.open_data(args.data, "val", MaskedViews(StillViews(args.image_size, tokenizer), *masks), **options)
     steps, warmup, per_epoch = engine.resolve_steps(args, len(train_set))
     micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
     codes = len(tokenizer.quantize.cluster_size)
@@ -274,12 +295,13 @@ def train(args, process):
         start = resumed["step"]
     network = torch.compile(model) if args.compile else model
     ddp = engine.distribute(network, process)
-    log = engine.Log(args.out / "pretrain.jsonl", args, process, start, images=len(train_set), steps=steps, chance=math.log(codes))
+    log = engine.Log(args.out / "pretrain.jsonl", args, process, start, images=len(train_set), steps=steps,
+                     chance=math.log(codes))
     commonest = commonest_codes(tokenizer, train_set, args, process)
     if process.rank == 0:
-        print(f"MIM: {count_parameters(model) / 1e6:.2f} M parameters, {len(train_set)} images, {steps} steps of {args.batch_size} = "
-              f"{process.world_size} processes x {accumulation} x {micro}; {args.mask_patches} of {grid[0] * grid[1]} patches hidden; "
-              f"a blind guess costs ln {codes} = {math.log(codes):.2f} per head")
+        print(f"MIM: {count_parameters(model) / 1e6:.2f} M parameters, {len(train_set)} images, {steps} steps of "
+              f"{args.batch_size} = {process.world_size} processes x {accumulation} x {micro}; {args.mask_patches} of "
+              f"{model.num_patches} patches hidden; a blind guess costs ln {codes} = {math.log(codes):.2f} per head")
     batches = iter(data.make_loader(train_set, data.train_batches(
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
@@ -310,18 +332,20 @@ def train(args, process):
             engine.check_finite(loss.item(), step, args)
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), step + 1
-            target = z[mask]
-            facts = dict(loss=loss.item(), loss_mim=loss_mim.item(), mask_acc=100 * (logits.argmax(-1) == target).float().mean().item())
+            facts = dict(loss=loss.item(), loss_mim=loss_mim.item(), mask_acc=accuracy(logits, z[mask]))
             if logits_cls is not None:
-                facts |= dict(loss_cls=loss_cls.item(), mask_acc_cls=100 * (logits_cls.argmax(-1) == target).float().mean().item())
-            log(step=step, epoch=step / per_epoch, **facts, grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"], images_per_s=rate)
+                facts |= dict(loss_cls=loss_cls.item(), mask_acc_cls=accuracy(logits_cls, z[mask]))
+            log(step=step, epoch=step / per_epoch, **facts, grad_norm=grad_norm.item(),
+                lr=optimizer.param_groups[0]["lr"], images_per_s=rate)
         if (step + 1) % per_epoch == 0 or last:
-            result = evaluate(model, tokenizer, val_set, commonest, args, process)
+            begun, result = time.time(), evaluate(model, tokenizer, val_set, commonest, args, process)
+            clock += time.time() - begun                     # images_per_s is about training
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:
                 print(f"step {step + 1}/{steps}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True)
         if not last and (step + 1) % args.save_every == 0 and process.rank == 0:
-            engine.save_resume("pretrain", args, contents(model, args) | dict(optimizer=optimizer.state_dict(), step=step + 1))
+            engine.save_resume("pretrain", args, contents(model, args) | dict(
+                optimizer=optimizer.state_dict(), step=step + 1))
 
     log(summary=1, step=steps, **result)
     if process.rank == 0:
@@ -332,15 +356,15 @@ def train(args, process):
 # --- files ------------------------------------------------------------------------------------------------------------
 def build(args, codes):
     preset = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
-    return BEiT(**preset, codes=codes, drop_path=args.drop_path, early_layer=args.early_layer, head_depth=args.head_depth,
-                shared_head=not args.separate_head)
+    return BEiT(**preset, codes=codes, drop_path=args.drop_path, early_layer=args.early_layer,
+                head_depth=args.head_depth, shared_head=not args.separate_head)
 
 
 def contents(model, args):
     return engine.describe_run("pretrain", args) | dict(
         model=model.state_dict(), epochs=args.epochs, aggregation=args.head_depth > 0, arch=dict(
-            image_size=args.image_size, patch_size=args.patch_size, width=model.width, depth=model.depth, heads=model.heads,
-            positions="shared", layer_scale=model.layer_scale, pool=None))
+            image_size=args.image_size, patch_size=args.patch_size, width=model.width, depth=model.depth,
+            heads=model.heads, positions="shared", layer_scale=model.layer_scale, pool=None))
 
 
 def main(argv=None):
@@ -348,8 +372,8 @@ def main(argv=None):
     if args.dry_run:
         model = build(args, codes=64 if args.model == "tiny" else 8192)
         print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
-        print(f"{count_parameters(model):,} trainable parameters; {model.num_patches} patches, {args.mask_patches} hidden; "
-              f"{args.batch_size} images per update")
+        print(f"{count_parameters(model):,} trainable parameters; {model.num_patches} patches, {args.mask_patches} "
+              f"hidden; {args.batch_size} images per update")
         return None
     process = engine.init_distributed(args.device)
     args.amp = engine.resolve_amp(args.amp, process.device)

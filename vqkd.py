@@ -30,16 +30,18 @@ import engine
 import teachers
 from model import PRESETS, ViT, count_parameters, initialise
 
-RECIPES = {              # base: REFERENCE.md section 2 (the paper has this one tokenizer for both backbones); tiny, small: ours
-    "tiny": dict(teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, lr=2e-3, min_lr=1e-5,
-                 beta2=0.99, weight_decay=1e-4, batch_size=64, epochs=5, warmup_epochs=1, decay=0.97,
-                 continuous_steps=376, restart_every=20, crop_scale=0.6),
-    "small": dict(teacher="clip", codes=2048, code_dim=32, encoder_depth=12, decoder_depth=1, lr=5e-5, min_lr=1e-5,
-                  beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=128, epochs=100, warmup_epochs=10, decay=0.99,
-                  continuous_steps=0, restart_every=0, crop_scale=0.08),
-    "base": dict(teacher="clip", codes=8192, code_dim=32, encoder_depth=12, decoder_depth=3, lr=5e-5, min_lr=1e-5,
-                 beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=64, epochs=100, warmup_epochs=10, decay=0.99,
-                 continuous_steps=0, restart_every=0, crop_scale=0.08),
+PAPER = dict(            # REFERENCE.md section 2; the paper has this one tokenizer, of base size, for both backbones
+    teacher="clip", codes=8192, code_dim=32, encoder_depth=12, decoder_depth=3, decay=0.99, beta=1.0, lr=5e-5,
+    min_lr=1e-5, beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=64, epochs=100, warmup_epochs=10, crop_scale=0.08,
+    continuous_steps=0, restart_every=0)
+RECIPES = {              # tiny, small: ours
+    # tiny: codes that start on an encoder which knows nothing collapse to one or two within an epoch. What holds: two
+    # epochs without quantizer, then the k-means start, a faster moving average, and new places for dead codes.
+    "tiny": dict(PAPER, teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, decay=0.97, lr=2e-3,
+                 batch_size=64, micro_batch=64, epochs=5, warmup_epochs=1, crop_scale=0.6, continuous_steps=376,
+                 restart_every=20),
+    "small": dict(PAPER, codes=2048, decoder_depth=1, micro_batch=128),
+    "base": PAPER,
 }
 
 
@@ -72,8 +74,8 @@ def vqkd_loss(o, t, h, v, beta=1.0):
     max  sum_i cos(o_i, t_i)  -  || sg[l2(h_i)] - l2(v_zi) ||^2  -  || l2(h_i) - sg[l2(v_zi)] ||^2
     """
     cosine = F.cosine_similarity(o.float(), t.float(), dim=-1).mean()    # cos(o_i, t_i)
-    codebook = F.mse_loss(v, h.detach())                     # || sg[l2(h_i)] - l2(v_zi) ||^2: moves v. Logged; see below
-    commit = F.mse_loss(h, v.detach())                       # || l2(h_i) - sg[l2(v_zi)] ||^2: keeps h near its code
+    codebook = F.mse_loss(v, h.detach())                     # || sg[l2(h_i)] - l2(v_zi) ||^2   moves v; see below
+    commit = F.mse_loss(h, v.detach())                       # || l2(h_i) - sg[l2(v_zi)] ||^2   keeps h near its code
     # Differs from Eq. (2): v is no parameter. Instead of following the gradient of `codebook` the codes move by moving
     # average (ema_update), as the authors train them; the two point the same way (tests/test_ema.py shows it).
     # Differs from Eq. (2): mse_loss is a mean over D where the equation sums, so these terms are D times smaller.
@@ -113,7 +115,7 @@ def kmeans(x, centres, iterations=10):
 def codebook_usage(counts):
     """How healthy a codebook is, from how often each code was chosen (K,): a collapse shows as falling perplexity."""
     p = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(p * p.clamp(min=1e-30).log()).sum().item()                   # in nats; ln K when all codes are equally used
+    entropy = -(p * p.clamp(min=1e-30).log()).sum().item()   # in nats; ln K where all codes are used alike
     used = int((counts > 0).sum())
     return dict(codes_used=used, dead_codes=len(counts) - used, entropy=entropy, perplexity=math.exp(entropy),
                 top10_share=100 * p.sort(descending=True).values[:10].sum().item())
@@ -142,15 +144,15 @@ class Codebook(nn.Module):
 
 
 class VQKD(nn.Module):
-    """Encoder, codebook and decoder. The teacher is not in here: it is never trained, saved or sent between processes."""
+    """Encoder, codebook and decoder. The teacher is not in here: it is never trained, saved or wrapped."""
 
     def __init__(self, image_size, patch_size, width, depth, heads, decoder_depth, codes, code_dim, teacher_dim):
         super().__init__()
         # Recipe, not in the paper: absolute positions, no layer scale (relative positions come with stage 2).
-        self.encoder = ViT(image_size, patch_size, width, depth, heads, positions="absolute", layer_scale=0, pool="mean")
+        kind = dict(positions="absolute", layer_scale=0, pool="mean")
+        self.encoder = ViT(image_size, patch_size, width, depth, heads, **kind)
         # The decoder is the same kind of network on the map of codes, each code one "pixel" of D channels.
-        self.decoder = ViT(self.encoder.grid, 1, width, decoder_depth, heads, in_channels=code_dim,
-                           positions="absolute", layer_scale=0, pool="mean")
+        self.decoder = ViT(self.encoder.grid, 1, width, decoder_depth, heads, in_channels=code_dim, **kind)
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim))
         self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, teacher_dim))
         self.quantize = Codebook(codes, code_dim)
@@ -158,7 +160,7 @@ class VQKD(nn.Module):
         initialise(self.decode_task_layer)
 
     def project(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> h (B, N, D), before normalisation. The tokenizer's own pixels are [-1, 1]."""
+        """Images (B, 3, H, W) in [0, 1] -> h (B, N, D), not yet normalised. The tokenizer's own pixels are [-1, 1]."""
         tokens = self.encoder(images * 2 - 1)[:, 1:]         # LayerNorm on each patch token, [CLS] dropped
         with torch.autocast(images.device.type, enabled=False):          # the quantizer always computes in float32
             return self.encode_task_layer(tokens.float())
@@ -169,7 +171,7 @@ class VQKD(nn.Module):
         return self.decode_task_layer(self.decoder(v.transpose(1, 2).reshape(v.shape[0], -1, gh, gw))[:, 1:])
 
     def forward(self, images, quantize=True):
-        """-> o (B, N, C), h (B, N, D), v (B, N, D), z (B, N); quantize=False lets h itself pass in place of its code."""
+        """-> o (B, N, C), h (B, N, D), v (B, N, D), z (B, N); quantize=False lets h itself pass instead of its code."""
         h = l2(self.project(images))
         v, z = self.quantize(h) if quantize else (h.detach(), None)
         return self.decode(straight_through(h, v) if quantize else h), h, v, z
@@ -192,25 +194,25 @@ def parse_args(argv=None):
     g.add_argument("--encoder-depth", type=int, help="blocks of the encoder; base: 12")
     g.add_argument("--decoder-depth", type=int, help="blocks of the decoder; base: 3")
     g.add_argument("--decay", type=float, help="of the moving average that moves the codes; base: 0.99")
-    g.add_argument("--beta", type=float, default=1.0, help="weight of the commitment term; base: 1")
-    g.add_argument("--continuous-steps", type=int, help="first steps without quantizer, before the k-means start; base: 0")
-    g.add_argument("--restart-every", type=int,
-                   help="steps between restarts of dead codes from current vectors, in the first 80 %% of training; 0: never (base)")
+    g.add_argument("--beta", type=float, help="weight of the commitment term; base: 1")
+    g.add_argument("--continuous-steps", type=int, help="first steps without quantizer, before k-means; base: 0")
+    g.add_argument("--restart-every", type=int, help="steps between restarts of dead codes from current vectors, "
+                                                     "in the first 80 %% of training; base: 0, never")
     g.add_argument("--crop-scale", type=float, help="smallest share of the image that a random crop keeps; base: 0.08")
-    g.add_argument("--lr", type=float, help="peak rate for a batch of 128, scaled with --batch-size; base: 5e-5 (2e-4 at 512)")
+    g.add_argument("--lr", type=float, help="peak rate at batch 128, grows with --batch-size; base: 5e-5, so 2e-4")
     g.add_argument("--min-lr", type=float, help="rate that the cosine approaches; base: 1e-5")
     g.add_argument("--beta2", type=float, help="of AdamW; base: 0.99")
     g.add_argument("--weight-decay", type=float, help="base: 1e-4")
     g.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up; base: 10")
     g.add_argument("--init", type=Path, help="go on from this tokenizer (ours or a released one) on your own --data")
-    g.add_argument("--encode", type=Path, metavar="IMAGE_OR_FOLDER", help="write the token ids of images, train nothing")
+    g.add_argument("--encode", type=Path, metavar="IMAGE_OR_FOLDER", help="only write the token ids of images")
     args = engine.with_recipe(p.parse_args(argv), RECIPES)
     args.image_size = args.image_size or PRESETS[args.model]["image_size"]
     args.patch_size = args.patch_size or PRESETS[args.model]["patch_size"]
     engine.check_ranges(args, [
-        ("codes", 2, 2**20), ("code_dim", 1, 4096), ("encoder_depth", 1, 100), ("decoder_depth", 1, 100), ("decay", 0, 1),
-        ("beta", 0, 1e3), ("continuous_steps", 0, 10**9), ("restart_every", 0, 10**9), ("crop_scale", 1e-3, 1), ("lr", 0, 10),
-        ("min_lr", 0, 10), ("beta2", 0, 0.9999), ("weight_decay", 0, 10), ("warmup_epochs", 0, 10**6)])
+        ("codes", 2, 2**20), ("code_dim", 1, 4096), ("encoder_depth", 1, 100), ("decoder_depth", 1, 100), ("lr", 0, 10),
+        ("decay", 0, 1), ("beta", 0, 1e3), ("continuous_steps", 0, 10**9), ("restart_every", 0, 10**9),
+        ("min_lr", 0, 10), ("crop_scale", 1e-3, 1), ("beta2", 0, 0.9999), ("weight_decay", 0, 10), ("warmup_epochs", 0, 10**6)])
     if args.image_size % args.patch_size:
         raise engine.UserError(f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}")
     return args
@@ -229,17 +231,17 @@ def kmeans_start(model, dataset, args, process):
         codes, patches = len(weight), model.encoder.num_patches
         wanted = min(max(4 * codes, 4096), 65536)
         images_needed = min(math.ceil(wanted / patches), len(dataset))
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()[:images_needed]
-        h = []
+        generator = torch.Generator().manual_seed(args.seed)
+        order, h = torch.randperm(len(dataset), generator=generator).tolist()[:images_needed], []
         for first in range(0, images_needed, 64):
             images = torch.stack([dataset[(0, i)][0] for i in order[first:first + 64]])
             with engine.autocast(process.device, args.amp):
                 h.append(l2(model.project(engine.to_float(images, process.device))).flatten(0, 1))
         h = torch.cat(h)                                     # (n, D)
-        generator = torch.Generator().manual_seed(args.seed)
         start = h[torch.randperm(len(h), generator=generator)[:codes].to(h.device)]
         if len(start) < codes:
-            print(f"warning: only {len(h)} vectors for {codes} codes: the rest start at random; lower --codes", file=sys.stderr)
+            print(f"warning: only {len(h)} vectors for {codes} codes, the rest start at random: lower --codes",
+                  file=sys.stderr)
             extra = torch.randn(codes - len(start), h.shape[1], generator=generator)
             start = torch.cat([start, l2(extra).to(h.device)])
         weight.copy_(kmeans(h, start)[0])
@@ -251,8 +253,10 @@ def kmeans_start(model, dataset, args, process):
 
 @torch.no_grad()
 def restart_dead_codes(codebook, h, process, threshold=0.1):
-    """Give each code that hardly anything chose of late the place of a random current vector. Rank 0 draws, all receive.
-    Ours, not in the paper: small codebooks on small data lose codes faster than the moving average can bring them back."""
+    """Move each code that hardly anything chose of late to a random current vector; rank 0 draws, all receive.
+
+    Ours, not in the paper: small codebooks on small data lose codes faster than the moving average brings them back.
+    """
     weight, h = codebook.embedding.weight, h.detach().flatten(0, 1)
     dead = (codebook.cluster_size < threshold).nonzero()[:, 0][:len(h)]
     if len(dead):
@@ -270,12 +274,12 @@ def evaluate(model, teacher, dataset, args, process):
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     totals = torch.zeros(3, dtype=torch.double, device=process.device)
     counts = torch.zeros(args.codes, device=process.device)
-    for images, _ in data.make_loader(dataset, batches, 0, process.device):
+    for images, _ in data.make_loader(dataset, batches, args.workers, process.device):
         images = engine.to_float(images, process.device)
         with engine.autocast(process.device, args.amp):
             o, h, v, z = model(images)
             _, parts = vqkd_loss(o, teacher(images), h, v)
-        totals += len(images) * torch.stack([parts["cosine"], parts["commit"], torch.ones_like(parts["cosine"])]).double()
+        totals += torch.stack([parts["cosine"], parts["commit"], torch.ones_like(parts["cosine"])]) * len(images)
         counts += torch.bincount(z.flatten(), minlength=args.codes)
     model.train()
     cosine, commit, n = engine.all_reduce_sum(totals).tolist()
@@ -284,11 +288,13 @@ def evaluate(model, teacher, dataset, args, process):
 
 def train(args, process):
     resumed = engine.start_or_resume("vqkd", args, process)
-    train_set = data.open_data(args.data, "train", data.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0)),
-                               data_dir=args.data_dir, download=args.download, limit=args.limit, seed=args.seed, labelled=False)
-    val_set = data.open_data(args.data, "val", data.eval_transform(args.image_size),
-                             data_dir=args.data_dir, limit=args.limit, labelled=False)
+    options = dict(data_dir=args.data_dir, limit=args.limit, seed=args.seed, labelled=False)
+    views = data.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0))
+    train_set = data.open_data(args.data, "train", views, download=args.download, **options)
+    val_set = data.open_data(args.data, "val", data.eval_transform(args.image_size), **options)
     steps, warmup, per_epoch = engine.resolve_steps(args, len(train_set))
+    if args.continuous_steps >= steps and not args.init:
+        raise engine.UserError(f"--continuous-steps {args.continuous_steps} leaves none of {steps} steps to the codes")
     micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
     grid = (args.image_size // args.patch_size,) * 2
     teacher = teachers.build_teacher(args.teacher, grid, args.patch_size, process.device)
@@ -359,16 +365,16 @@ def train(args, process):
                 **({k: u for k, u in codebook_usage(counts).items() if k != "entropy"} if quantize else {}),
                 lr=optimizer.param_groups[0]["lr"], images_per_s=rate)
         if ((step + 1) % per_epoch == 0 or last) and quantize:
-            result = evaluate(model, teacher, val_set, args, process)
+            begun, result = time.time(), evaluate(model, teacher, val_set, args, process)
+            clock += time.time() - begun                     # images_per_s is about training
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:
-                print(f"step {step + 1}/{steps}: cosine {result['cosine']:.3f}, {result['codes_used']} of {args.codes} codes "
-                      f"used, perplexity {result['perplexity']:.1f}", flush=True)
+                print(f"step {step + 1}/{steps}: cosine {result['cosine']:.3f}, {result['codes_used']} of {args.codes} "
+                      f"codes used, perplexity {result['perplexity']:.1f}", flush=True)
         if not last and (step + 1) % args.save_every == 0 and process.rank == 0:
-            engine.save_resume("vqkd", args, contents(model, args) | dict(optimizer=optimizer.state_dict(), step=step + 1))
+            engine.save_resume("vqkd", args, contents(model, args) | dict(
+                optimizer=optimizer.state_dict(), step=step + 1))
 
-    if not quantize:
-        raise engine.UserError(f"--continuous-steps {args.continuous_steps} leaves no step of {steps} for the quantizer")
     if args.init and not resumed and process.rank == 0:
         print(f"codes used on {args.data}: {before['codes_used']} before, {result['codes_used']} after; "
               f"perplexity {before['perplexity']:.1f} before, {result['perplexity']:.1f} after")
@@ -395,28 +401,28 @@ def contents(model, args):
 def load_state(model, path):
     """Load tokenizer weights, ours or released, into `model`. Dead entries of the released files are passed over."""
     file = engine.read_file(path, remedy="make it with python vqkd.py, or give --tokenizer FILE")
-    state = {k: t for k, t in file.get("model", file).items() if not k.startswith(("teacher", "scaling_layer")) and k not in
-             ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg", "quantize.embedding.initted")}
+    dead = ("teacher", "scaling_layer", "quantize.embedding.cluster_size", "quantize.embedding.embed_avg",
+            "quantize.embedding.initted")
     try:
-        model.load_state_dict(state)
+        model.load_state_dict({k: t for k, t in file.get("model", file).items() if not k.startswith(dead)})
     except RuntimeError as error:
         raise engine.UserError(f"{path} does not fit this tokenizer: {' '.join(str(error).split())[:300]}") from error
 
 
-def load_tokenizer(path, device="cpu", heads=None):
-    """-> a frozen VQKD in evaluation mode, its sizes read off the file's own tensors (so released files load as well)."""
+def load_tokenizer(path, device="cpu"):
+    """-> a frozen VQKD in evaluation mode, its sizes read off the file's own tensors, as released files need it."""
     file = engine.read_file(path, remedy="make it with python vqkd.py, or give --tokenizer FILE")
     state = file.get("model", file)
     try:
-        width, patch = state["encoder.patch_embed.proj.weight"].shape[0], state["encoder.patch_embed.proj.weight"].shape[-1]
+        width, _, _, patch = state["encoder.patch_embed.proj.weight"].shape
         side = round(math.sqrt(state["encoder.pos_embed"].shape[1] - 1))
-        depth, decoder_depth = (len({k.split(".")[2] for k in state if k.startswith(f"{part}.blocks.")})
-                                for part in ("encoder", "decoder"))
         codes, code_dim = state["quantize.embedding.weight"].shape
         teacher_dim = state["decode_task_layer.2.weight"].shape[0]
-    except KeyError as error:
-        raise engine.UserError(f"{path} is no VQ-KD tokenizer: it has no {error}; make one with python vqkd.py") from error
-    heads = heads or file.get("arch", {}).get("heads", width // 64)
+    except (KeyError, ValueError, AttributeError) as error:
+        raise engine.UserError(f"{path} is no VQ-KD tokenizer ({error}): make one with python vqkd.py") from error
+    depth, decoder_depth = (len({k.split(".")[2] for k in state if k.startswith(f"{part}.blocks.")})
+                            for part in ("encoder", "decoder"))
+    heads = file.get("arch", {}).get("heads", width // 64)               # released files do not say: 64 a head
     model = VQKD(side * patch, patch, width, depth, heads, decoder_depth, codes, code_dim, teacher_dim)
     load_state(model, path)
     return model.to(device).eval().requires_grad_(False)
@@ -431,13 +437,16 @@ def encode_files(args, process):
     gh, gw = model.encoder.grid
     args.out.mkdir(parents=True, exist_ok=True)
     np.savez(args.out / "tokens.npz", ids=torch.cat(ids).view(-1, gh, gw).numpy(), names=np.array(dataset.names))
-    print(f"{len(dataset)} images -> {args.out / 'tokens.npz'}: ids ({len(dataset)}, {gh}, {gw}) in [0, {len(model.quantize.cluster_size)})")
+    print(f"{len(dataset)} images -> {args.out / 'tokens.npz'}: ids ({len(dataset)}, {gh}, {gw}), names")
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
-        model = build(args, dict(clip=512, dino=768).get(args.teacher, PRESETS[args.model]["width"]))
+        # The teacher's width is all that is wanted of it: known for the two of the paper, free of cost for ours.
+        width = dict(clip=512, dino=768).get(args.teacher) or teachers.build_teacher(
+            args.teacher, (args.image_size // args.patch_size,) * 2, args.patch_size, torch.device("cpu")).dim
+        model = build(args, width)
         print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters; {model.encoder.num_patches} patches per image; "
               f"{args.codes} codes of {args.code_dim} numbers; {args.batch_size} images per update")
