@@ -13,9 +13,12 @@ import os
 import pickle
 import platform
 import random
+import shlex
+import signal
 import subprocess
 import sys
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,9 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent
 Process = collections.namedtuple("Process", "rank world_size device")
-POSITIVE = ("limit", "image_size", "patch_size", "batch_size", "micro_batch", "epochs", "steps", "log_every", "save_every")
+POSITIVE = "limit image_size patch_size batch_size micro_batch epochs steps log_every save_every".split()
+# Arguments in which a run may differ from the one it goes on from, for they do not say what is computed.
+SAME_RUN = "fresh dry_run workers log_every save_every device compile download data_dir out amp_auto".split()
 
 
 class UserError(Exception):
@@ -32,13 +37,21 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call a stage's main(); a UserError becomes one sentence on stderr and exit code 2, under torchrun only once."""
+    """Call a stage's main(). A UserError becomes one sentence on stderr and exit code 2, under torchrun only once;
+    SIGTERM and Ctrl-C end the run without a traceback (143, 130). The last resume file stays."""
+    sys.stdout.reconfigure(line_buffering=True)              # os._exit would drop what is still in the buffer
+    if "RANK" not in os.environ:             # torchrun needs SIGTERM's default, which works inside a collective, too
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     try:
         main()
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank > 0:                 # the same sentence comes from rank 0, whose exit ends this process while it waits
-            time.sleep(3)
+    except KeyboardInterrupt:
+        os._exit(130)
+    except Exception as error:
+        # Rank 0 most likely met the same, or its end is what this rank met: then torchrun ends this process meanwhile.
+        time.sleep(5 if int(os.environ.get("RANK", 0)) > 0 else 0)
+        if not isinstance(error, UserError):
+            raise
+        # A loader's worker wraps the sentence in its traceback, as the last line.
         print(f"error: {str(error).splitlines()[-1].removeprefix('engine.UserError: ')}", file=sys.stderr, flush=True)
         os._exit(2) if dist.is_initialized() else sys.exit(2)     # peers may hang in a collective: do not wait for them
     finally:
@@ -63,13 +76,13 @@ def add_run_args(parser):
     g.add_argument("--micro-batch", type=int, help="images one process holds at once; the rest is accumulated")
     g.add_argument("--epochs", type=int, help="passes over the training images")
     g.add_argument("--steps", type=int, help="number of updates, instead of --epochs")
-    g.add_argument("--amp", default="auto", choices=["auto", "no", "bf16"], help="bfloat16 products; auto: on CUDA")
+    g.add_argument("--amp", default="auto", choices=["auto", "no", "bf16"], help="bfloat16; auto: where it is faster")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     g.add_argument("--workers", type=int, help="loader processes per rank; default: 1 for tiny, else 8 or the cores")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--log-every", type=int, help="steps between log lines; default 20")
-    g.add_argument("--save-every", type=int, help="steps between resume files; default 500")
+    g.add_argument("--save-every", type=int, help="steps between resume files; default 200")
     g.add_argument("--dry-run", action="store_true", help="print recipe, shapes, parameters and stop")
 
 
@@ -78,7 +91,7 @@ def with_recipe(args, recipes):
     if args.model not in recipes:
         raise UserError(f"--model {args.model} is not a preset of this stage; choose from {', '.join(recipes)}")
     tiny = args.model == "tiny"
-    shared = dict(out=Path("runs") / args.model, log_every=20, save_every=200,
+    shared = dict(out=Path("runs") / args.model, log_every=20, save_every=200, amp_auto=args.amp == "auto",
                   data="shapes" if tiny else "datasets/imagenet", workers=1 if tiny else min(8, os.cpu_count() or 1))
     for name, value in (shared | recipes[args.model]).items():
         if getattr(args, name, None) is None:
@@ -100,10 +113,8 @@ def resolve_steps(args, images):
     per_epoch = images // args.batch_size
     if per_epoch == 0:
         raise UserError(f"{images} training images do not fill one batch of {args.batch_size}: lower --batch-size")
-    steps = args.steps or args.epochs * per_epoch
-    # A run cut short by --steps keeps the recipe's share of warm-up.
-    warmup = args.warmup_epochs * per_epoch if args.steps is None else round(
-        steps * args.warmup_epochs / max(1, args.epochs))
+    steps = args.steps or args.epochs * per_epoch            # a run cut short keeps the recipe's share of warm-up:
+    warmup = round(args.steps * args.warmup_epochs / args.epochs) if args.steps else args.warmup_epochs * per_epoch
     return steps, min(warmup, steps - 1), per_epoch
 
 
@@ -113,7 +124,7 @@ def split_batch(batch_size, micro_batch, world_size):
         raise UserError(f"--batch-size {batch_size} is not a multiple of the {world_size} processes")
     per_rank = batch_size // world_size
     accumulation = max(1, math.ceil(per_rank / (micro_batch or per_rank)))
-    while per_rank % accumulation:       # equal parts, so that a mean of means is the mean
+    while per_rank % accumulation:           # equal parts, so that a mean of means is the mean
         accumulation += 1
     return per_rank // accumulation, accumulation
 
@@ -126,11 +137,10 @@ def init_distributed(device="auto"):
         device = "cuda" if available["cuda"] else "cpu"
     if not available[device]:
         raise UserError(f"--device {device}: torch sees no such device here; use --device cpu")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world_size = (int(os.environ.get(k, v)) for k, v in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
     if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        torch.cuda.set_device(local)
         device = f"cuda:{local}"
+        torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(minutes=30))
@@ -138,12 +148,10 @@ def init_distributed(device="auto"):
 
 
 def distribute(model, process):
-    """Wrap in DistributedDataParallel where there are several processes. Buffers are not broadcast: they are equal on
-    all ranks by construction, and a broadcast would hide it if they were not."""
-    if process.world_size == 1:
-        return model
+    """DistributedDataParallel where there are several processes. Buffers are not broadcast: they are equal on all ranks
+    by construction, and a broadcast would hide it if they were not."""
     ids = [process.device.index] if process.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(
+    return model if process.world_size == 1 else torch.nn.parallel.DistributedDataParallel(
         model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -166,23 +174,14 @@ def autocast(device, amp):
 
 def resolve_amp(amp, device):
     """auto: bf16 on CUDA, and on a CPU with bf16 matrix instructions if they make a product 1.5 times faster."""
-    if amp != "auto":
-        return amp
-    if device.type == "cuda":
-        return "bf16"
+    if amp != "auto" or device.type == "cuda":
+        return amp.replace("auto", "bf16")
     if device.type != "cpu" or not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return "no"
-    fastest = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2048, 256, dtype=dtype), torch.randn(256, 1024, dtype=dtype)
-        fastest[dtype] = min(timed(lambda: a @ b) for _ in range(8))
-    return "bf16" if 1.5 * fastest[torch.bfloat16] < fastest[torch.float32] else "no"
-
-
-def timed(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    seconds = [min(timeit.repeat("a @ a", globals=dict(a=torch.ones(768, 768, dtype=dtype)), number=1, repeat=8))
+               for dtype in (torch.float32, torch.bfloat16)]
+    float32, bf16 = all_reduce_sum(torch.tensor(seconds)).tolist()       # one answer for all processes
+    return "bf16" if 1.5 * bf16 < float32 else "no"
 
 
 def to_float(images, device):
@@ -191,12 +190,11 @@ def to_float(images, device):
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
-# -------------------------------------------------------------------------------------------------------- randomness
+# --------------------------------------------------------------------------- randomness, schedules, groups, updates
 def seed_all(*numbers):
     """Seed torch, random and numpy from any integers, say (seed, epoch, index): the draws that follow are a function of
     these numbers alone, so that no generator state has to be saved."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    value = int.from_bytes(digest, "little")
+    value = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
     # Not torch.manual_seed, which spends 100 us a call on a CUDA that is not in use: this runs once per image.
     torch.default_generator.manual_seed(value % 2**63)
     if torch.cuda.is_initialized():
@@ -205,34 +203,27 @@ def seed_all(*numbers):
     np.random.seed(value % 2**32)
 
 
-# --------------------------------------------------------------------------------------- schedules, groups, updates
 def cosine_schedule(step, base, final, total, warmup=0, start=0.0):
-    """Linear warm-up from `start`, then a half cosine from base towards final; a function of the step alone.
-
-    Recipe, not in the paper: the warm-up has both its ends, so step 0 has rate `start` exactly and the peak comes twice
-    (steps warmup - 1 and warmup); the cosine approaches `final` and never reaches it.
-    """
+    """Linear warm-up from `start`, then a half cosine from base towards final. Recipe, not in the paper: step 0 has
+    rate `start` exactly, the peak comes twice (steps warmup - 1 and warmup), and `final` is approached only."""
     if step < warmup:
         return start + (base - start) * step / (warmup - 1) if warmup > 1 else start
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def param_groups(named_parameters, weight_decay, skip=("cls_token", "pos_embed"), layer_id=None, layer_decay=1.0,
-                 depth=0):
+def param_groups(named, weight_decay, skip=("cls_token", "pos_embed"), layer_id=None, layer_decay=1.0, depth=0):
     """AdamW groups. No weight decay for 1-D parameters, biases and names in `skip` (whole or as their last part);
     mask_token and relative-position tables ARE decayed. With layer_decay < 1 layer i learns at
     lr_scale = layer_decay ** (depth + 1 - i), where layer_id(name) gives i (0: embeddings, depth + 1: head)."""
     groups = {}
-    for name, p in named_parameters:
-        if not p.requires_grad:
-            continue
-        no_decay = p.ndim == 1 or name.endswith(".bias") or name in skip or name.rsplit(".", 1)[-1] in skip
-        layer = depth + 1 if layer_id is None else layer_id(name)
-        group = groups.setdefault((layer, no_decay), dict(
-            params=[], names=[], lr_scale=layer_decay ** (depth + 1 - layer),
-            weight_decay=0.0 if no_decay else weight_decay))
-        group["params"].append(p)
-        group["names"].append(name)
+    for name, p in named:
+        if p.requires_grad:
+            no_decay = p.ndim == 1 or name.endswith(".bias") or name in skip or name.rsplit(".", 1)[-1] in skip
+            layer = depth + 1 if layer_id is None else layer_id(name)
+            group = groups.setdefault((layer, no_decay), dict(params=[], names=[], weight_decay=(
+                0.0 if no_decay else weight_decay), lr_scale=layer_decay ** (depth + 1 - layer)))
+            group["params"].append(p)
+            group["names"].append(name)
     return list(groups.values())
 
 
@@ -247,24 +238,13 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group["lr_scale"]
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
-def source_hashes():
-    """{file name: short hash} of the project's own files, kept in every checkpoint."""
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sorted(ROOT.glob("*.py"))}
-
-
-def git_commit():
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-
-
+# ----------------------------------------------------------------------------------------- checkpoints and log lines
 def describe_run(kind, args):
-    """What every file says about itself, beside its weights."""
+    """What every file says about itself, beside its weights: arguments, commit, and a hash of each source file."""
+    status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
     return dict(kind=kind, preset=args.model, data=str(args.data), image_size=args.image_size, args=plain_args(args),
-                commit=git_commit(), source_hash=source_hashes(), torch=str(torch.__version__))
+                commit="unknown" if status else commit, torch=str(torch.__version__), source_hash={
+                    f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sorted(ROOT.glob("*.py"))})
 
 
 def plain_args(args):
@@ -273,8 +253,7 @@ def plain_args(args):
 
 def write_file(path, contents):
     """torch.save to a temporary name beside `path`, flush to disk, then rename: a reader never sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
@@ -283,34 +262,29 @@ def write_file(path, contents):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({error}): free some space or choose another --out; "
-                        f"the file that was there before is untouched") from error
+        if temporary.is_file():
+            temporary.unlink()
+        raise UserError(f"could not write {path} ({' '.join(str(error).split())}): free some space or choose another "
+                        f"--out; the file that was there before is untouched") from error
 
 
 def read_file(path, kind=None, remedy=""):
-    """Load a checkpoint on the CPU without running any code in it. Raises UserError for what is not one of ours.
-
-    A released checkpoint holds an argparse.Namespace, which is harmless and allowed; any other object is refused.
-    """
-    path = Path(path)
-    if not path.is_file():
+    """Load a checkpoint on the CPU without running any code in it; UserError for what is none. An argparse.Namespace,
+    which released files hold, is harmless and allowed; any other object is refused."""
+    if not Path(path).is_file():
         raise UserError(f"there is no file {path}" + (f"; {remedy}" if remedy else ""))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds objects other than tensors and numbers, or is damaged: not loaded") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is no readable checkpoint (truncated, or none at all): make or fetch it anew") from error
+    except Exception as error:               # a damaged file raises whatever its reader stumbles over
+        raise UserError(f"{path} is truncated or no checkpoint at all: make or fetch it anew") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
     if kind is not None and contents.get("kind") != kind:
         raise UserError(f"{path} is a {contents.get('kind', 'foreign')!r} file where a {kind!r} file is needed")
     return contents
-
-
-SAME_RUN = ("fresh", "dry_run", "workers", "log_every", "save_every", "device", "compile", "download", "data_dir")
 
 
 def differences(old, new):
@@ -331,18 +305,14 @@ def set_aside(stage, out):
 
 
 def start_or_resume(stage, args, process):
-    """-> the contents of STAGE.resume.pt to go on from, or None for a fresh start.
-
-    Exits 0 where the run is already done; raises UserError where the folder holds a run with other arguments.
-    """
-    final, resume = args.out / f"{stage}.pt", args.out / f"{stage}.resume.pt"
+    """-> the contents of STAGE.resume.pt to go on from, or None for a fresh start. Exits 0 where the run is already
+    done; raises UserError where the folder holds a run with other arguments."""
     if args.fresh and process.rank == 0:
         set_aside(stage, args.out)
     if process.world_size > 1:
         dist.barrier()
-    for path in (final, resume, Path(f"{resume}.prev")):
-        if not path.exists():
-            continue
+    final = args.out / f"{stage}.pt"
+    for path in filter(Path.exists, (final, args.out / f"{stage}.resume.pt", args.out / f"{stage}.resume.pt.prev")):
         try:
             state = read_file(path, kind=stage)
         except UserError as error:
@@ -350,17 +320,19 @@ def start_or_resume(stage, args, process):
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
             continue
-        changed = differences(state["args"], plain_args(args))
-        if changed:
+        if args.amp_auto:        # measured once per run: the machine may be busier now
+            args.amp = state["args"]["amp"]
+        now = describe_run(stage, args)
+        if changed := differences(state["args"], now["args"]):
             raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
                             f"repeat them, choose another --out, or add --fresh")
-        if path == final:
-            files = [f for f, h in source_hashes().items() if state["source_hash"].get(f) != h]
-            if process.rank == 0:
-                print(f"already done: {final}, {json.dumps(state.get('result', {}))}"
-                      + (f"; source files changed since: {', '.join(files)}" if files else ""))
-            raise SystemExit(0)
-        return state
+        if path != final:
+            return state
+        if process.rank == 0:
+            edited = ", ".join(f for f, h in now["source_hash"].items() if state["source_hash"].get(f) != h)
+            print(f"already done: {final}, {json.dumps(state.get('result', {}))}"
+                  + (f"; source files changed since: {edited}" if edited else ""))
+        raise SystemExit(0)
     return None
 
 
@@ -379,26 +351,21 @@ def finish(stage, args, contents):
         (args.out / name).unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------------- log lines
 class Log:
-    """One JSON line per call on rank 0, appended to STAGE.jsonl; the first line says what the run is.
-
-    On resuming, lines of steps that the resume file does not know are cut off, so that no step stands there twice.
-    """
+    """One JSON line per call on rank 0, appended to STAGE.jsonl; the first line says what the run is. On resuming,
+    lines of steps that the resume file does not know are cut off, so that no step stands there twice."""
 
     def __init__(self, path, args, process, start_step=0, **facts):
         self.path, self.active, self.begin = Path(path), process.rank == 0, time.time()
-        if not self.active:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if start_step and self.path.exists():
-            lines = [x for x in self.path.read_text().splitlines() if x.endswith("}")]           # whole lines only
-            self.path.write_text("".join(f"{x}\n" for x in lines if json.loads(x).get("step", -1) < start_step))
-        else:
-            self.path.write_text("")
-            self(args=plain_args(args), commit=git_commit(), torch=str(torch.__version__),
-                 python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count(),
-                 threads=torch.get_num_threads(), processes=process.world_size, device=str(process.device), **facts)
+        if self.active:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text().splitlines(keepends=True) if start_step and self.path.exists() else []
+            lines = [x for x in lines if x.endswith("}\n") and json.loads(x).get("step", -1) < start_step]
+            self.path.write_text("".join(lines))
+            if not lines:
+                self(**describe_run(self.path.stem, args), python=platform.python_version(), cores=os.cpu_count(),
+                     machine=platform.machine(), threads=torch.get_num_threads(), processes=process.world_size,
+                     device=str(process.device), **facts)
 
     def __call__(self, **facts):
         if self.active:

@@ -35,9 +35,9 @@ COMMON = dict(           # REFERENCE.md section 4; the rate is NOT scaled by the
     lr=5e-4, min_lr=1e-6, batch_size=1024, weight_decay=0.05, smoothing=0.1, mixup=0.8, cutmix=1.0, crop_scale=0.08,
     randaugment="rand-m9-mstd0.5-inc1", erasing=0.25, evaluations=100)
 RECIPES = {              # base, large: the paper's after 300 epochs of pre-training; tiny, small: ours
-    # tiny runs for so many steps, with few labels or many, unless --epochs is given: about 3 minutes on 2 cores.
-    "tiny": dict(COMMON, lr=1e-3, steps=350, epochs=50, warmup_epochs=5, layer_decay=0.75, drop_path=0.1,
-                 evaluations=10, batch_size=128, crop_scale=0.5, randaugment="none", erasing=0, mixup=0, cutmix=0),
+    # tiny runs for so many steps, with few labels or many, unless --epochs is given: a minute or two on 2 cores.
+    "tiny": dict(COMMON, lr=1e-3, steps=200, epochs=50, warmup_epochs=5, layer_decay=0.75, drop_path=0.1,
+                 evaluations=4, batch_size=128, crop_scale=0.5, randaugment="none", erasing=0, mixup=0, cutmix=0),
     "small": dict(COMMON, epochs=100, warmup_epochs=20, layer_decay=0.65, drop_path=0.1, micro_batch=256),
     "base": dict(COMMON, epochs=100, warmup_epochs=20, layer_decay=0.65, drop_path=0.1, micro_batch=128),
     "large": dict(COMMON, epochs=50, warmup_epochs=5, layer_decay=0.8, drop_path=0.2, micro_batch=64),

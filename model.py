@@ -220,7 +220,7 @@ class ViT(nn.Module):
         rescale_residual_branches(self.blocks)
         for name, table in self.named_parameters():
             if position_std and name.endswith("relative_position_bias_table"):
-                nn.init.normal_(table, std=position_std)     # ours, for tiny: each head starts with neighbours of its own
+                nn.init.normal_(table, std=position_std)     # ours, for tiny: each head with its own neighbours
 
     def embed(self, x, mask=None):
         """Image (B, C, H, W) to tokens (B, T, D). mask (B, N) bool: patches replaced by mask_token (pre-training)."""

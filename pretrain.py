@@ -2,7 +2,7 @@
 
     image --frozen tokenizer--> z                              what each patch is called, the target
     image --hide 40 % of the patches--> ViT --last layer--> logits                  Eq. (3): name the hidden patches
-                                          `--[CLS] of layer L, patches of layer l--> shallow head--> logits_cls   Eq. (4)
+                                          `--[CLS] of layer L, patches of l--> shallow head--> logits_cls   Eq. (4)
 
 The shallow head gets patches that know little of the rest of the image, so it can only name the hidden ones if [CLS]
 tells it what the image shows: that teaches [CLS] to summarise.  At the start each loss is ln K, that of a blind guess.
@@ -225,7 +225,7 @@ def views_to_device(views, device):
 
 
 def commonest_codes(tokenizer, dataset, args, process, most=4096):
-    """The commonest code of every grid position over `most` training images, evenly spread: (N,). Blind to the image."""
+    """The commonest code of every grid position over `most` training images, evenly spread: (N,)."""
     counts = torch.zeros(tokenizer.encoder.num_patches, len(tokenizer.quantize.cluster_size), device=process.device)
     n, most = len(dataset), min(most, len(dataset))
     batches = [[i * n // most for i in b] for b in data.eval_batches(most, 256, process.rank, process.world_size)]

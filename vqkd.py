@@ -32,8 +32,8 @@ from model import PRESETS, ViT, count_parameters, initialise
 
 PAPER = dict(            # REFERENCE.md section 2; the paper has this one tokenizer, of base size, for both backbones
     teacher="clip", codes=8192, code_dim=32, encoder_depth=12, decoder_depth=3, decay=0.99, beta=1.0, lr=5e-5,
-    min_lr=1e-5, beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=64, epochs=100, warmup_epochs=10, crop_scale=0.08,
-    continuous_steps=0, restart_every=0)
+    min_lr=1e-5, beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=64, epochs=100, warmup_epochs=10,
+    crop_scale=0.08, continuous_steps=0, restart_every=0)
 RECIPES = {              # tiny, small: ours
     # tiny: codes that start on an encoder which knows nothing collapse to one or two within an epoch. What holds: two
     # epochs without quantizer, then the k-means start, a faster moving average, and new places for dead codes.
@@ -212,7 +212,8 @@ def parse_args(argv=None):
     engine.check_ranges(args, [
         ("codes", 2, 2**20), ("code_dim", 1, 4096), ("encoder_depth", 1, 100), ("decoder_depth", 1, 100), ("lr", 0, 10),
         ("decay", 0, 1), ("beta", 0, 1e3), ("continuous_steps", 0, 10**9), ("restart_every", 0, 10**9),
-        ("min_lr", 0, 10), ("crop_scale", 1e-3, 1), ("beta2", 0, 0.9999), ("weight_decay", 0, 10), ("warmup_epochs", 0, 10**6)])
+        ("min_lr", 0, 10), ("crop_scale", 1e-3, 1), ("beta2", 0, 0.9999), ("weight_decay", 0, 10),
+        ("warmup_epochs", 0, 10**6)])
     if args.image_size % args.patch_size:
         raise engine.UserError(f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}")
     return args

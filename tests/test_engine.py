@@ -1,0 +1,229 @@
+"""What all stages rest on: schedules, batches, ranges, files that survive a crash, logs, seeds, parameter groups."""
+import argparse
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import engine
+from engine import UserError
+
+ALONE = engine.Process(0, 1, torch.device("cpu"))
+
+
+def arguments(**given):
+    return argparse.Namespace(**(dict(model="tiny", data="shapes", image_size=48, fresh=False, amp="no", amp_auto=False) | given))
+
+
+# ------------------------------------------------------------------------------------------------ numbers of the run
+def test_the_schedule_starts_at_zero_peaks_twice_and_never_reaches_the_final_rate():
+    rates = [engine.cosine_schedule(step, 1.0, 0.1, total=12, warmup=5) for step in range(12)]
+    assert rates[:6] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+    assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 6 / 7))) and rates[-1] > 0.1
+    assert engine.cosine_schedule(0, 1.0, 0.0, 10) == 1.0    # no warm-up
+    assert engine.cosine_schedule(0, 1.0, 0.0, 10, warmup=1, start=0.2) == 0.2
+
+
+@pytest.mark.parametrize("batch, micro, world, expected", [
+    (64, None, 1, (64, 1)), (64, 16, 1, (16, 4)), (64, 16, 2, (16, 2)), (64, 64, 2, (32, 1)),
+    (12, 5, 1, (4, 3)),                                      # parts are equal and no larger than asked for
+    (7, 3, 1, (1, 7))])
+def test_a_batch_is_split_into_equal_micro_batches(batch, micro, world, expected):
+    assert engine.split_batch(batch, micro, world) == expected
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused():
+    with pytest.raises(UserError, match="--batch-size 9 .* 2 processes"):
+        engine.split_batch(9, None, 2)
+
+
+def test_steps_and_warm_up_follow_from_the_epochs_or_keep_their_proportion():
+    args = argparse.Namespace(batch_size=10, steps=None, epochs=4, warmup_epochs=1)
+    assert engine.resolve_steps(args, 25) == (8, 2, 2)       # 5 images too few for a third batch
+    args.steps = 20
+    assert engine.resolve_steps(args, 25) == (20, 5, 2)      # a quarter of the steps, as in the recipe
+    args.steps, args.warmup_epochs = 1, 4
+    assert engine.resolve_steps(args, 25) == (1, 0, 2)       # the warm-up leaves at least one step
+    with pytest.raises(UserError, match="9 training images .* lower --batch-size"):
+        engine.resolve_steps(args, 9)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
+def test_a_number_outside_its_range_is_refused_by_the_name_of_its_flag(value):
+    with pytest.raises(UserError, match="--drop-path must lie in"):
+        engine.check_ranges(argparse.Namespace(drop_path=value), [("drop_path", 0, 1)])
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5, None])
+def test_the_ends_of_a_range_and_a_flag_not_given_pass(value):
+    engine.check_ranges(argparse.Namespace(drop_path=value), [("drop_path", 0, 1)])
+
+
+def test_a_typed_flag_wins_over_the_recipe_and_the_recipe_over_what_stages_share():
+    parser = argparse.ArgumentParser()
+    engine.add_run_args(parser)
+    recipes = {"tiny": dict(batch_size=64, epochs=5, log_every=7)}
+    args = engine.with_recipe(parser.parse_args(["--epochs", "2"]), recipes)
+    assert (args.epochs, args.batch_size, args.log_every, args.save_every) == (2, 64, 7, 200)
+    for flags, words in ((["--model", "huge"], "huge.*tiny"), (["--steps", "0"], "--steps"), (["--workers", "-1"], "--workers")):
+        with pytest.raises(UserError, match=words):
+            engine.with_recipe(parser.parse_args(flags), recipes)
+
+
+def test_images_arrive_as_floats_between_0_and_1():
+    torch.testing.assert_close(engine.to_float(torch.tensor([0, 51, 255], dtype=torch.uint8), "cpu"), torch.tensor([0, 0.2, 1]))
+    floats = torch.tensor([0.0, 0.3, 1.0])
+    assert torch.equal(engine.to_float(floats, "cpu"), floats)           # the range is declared by the type, never guessed
+
+
+def test_the_same_seeds_give_the_same_draws_from_all_three_generators():
+    def draws(*numbers):
+        engine.seed_all(*numbers)
+        return torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()
+    first = draws(0, 1, 2)
+    assert draws(0, 1, 2) == first
+    for other in ((0, 2, 1), (0, 12), (1, 1, 2)):
+        assert all(a != b for a, b in zip(draws(*other), first))
+
+
+def test_biases_norms_and_positions_do_not_decay_and_deep_layers_learn_fastest():
+    model = nn.Module()
+    model.cls_token, model.mask_token = nn.Parameter(torch.zeros(1, 1, 2)), nn.Parameter(torch.zeros(1, 1, 2))
+    model.fc, model.norm = nn.Linear(2, 2), nn.LayerNorm(2)
+    model.frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+    groups = engine.param_groups(model.named_parameters(), 0.05)
+    assert {n: g["weight_decay"] for g in groups for n in g["names"]} == {
+        "cls_token": 0, "mask_token": 0.05, "fc.weight": 0.05, "fc.bias": 0, "norm.weight": 0, "norm.bias": 0}
+    groups = engine.param_groups(model.named_parameters(), 0.05, layer_id=lambda name: 0 if "token" in name else 2,
+                                 layer_decay=0.5, depth=1)
+    assert {n: g["lr_scale"] for g in groups for n in g["names"]} == {
+        "cls_token": 0.25, "mask_token": 0.25, "fc.weight": 1, "fc.bias": 1, "norm.weight": 1, "norm.bias": 1}
+    optimizer = engine.adamw(groups, (0.9, 0.98), torch.device("cpu"))
+    engine.set_lr(optimizer, 0.4)
+    assert sorted({g["lr"] for g in optimizer.param_groups}) == pytest.approx([0.1, 0.4])
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.pt"
+    engine.write_file(path, dict(kind="vqkd", x=torch.ones(3)))
+    def disk_full(contents, f):
+        f.write(b"half a fi")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(UserError, match="could not write .*No space left"):
+        engine.write_file(path, dict(kind="vqkd", x=torch.zeros(3)))
+    assert torch.equal(engine.read_file(path, kind="vqkd")["x"], torch.ones(3))
+    assert [f.name for f in path.parent.iterdir()] == ["a.pt"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("/tmp/beit2_was_here", "w"))
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: None, "there is no file .*; make it so"),
+    (lambda p: p.write_bytes(b""), "a.pt"),
+    (lambda p: p.write_text("hello, this is no checkpoint"), "a.pt"),
+    (lambda p: (torch.save(dict(x=torch.ones(999)), p), p.write_bytes(p.read_bytes()[:2000])), "truncated"),
+    (lambda p: torch.save(dict(x=Hostile()), p), "objects other than tensors"),
+    (lambda p: torch.save([1, 2], p), "holds a list"),
+    (lambda p: torch.save(dict(kind="pretrain"), p), "'pretrain' file where a 'vqkd' file"),
+    (lambda p: torch.save(dict(x=1), p), "'foreign' file where")])
+def test_what_is_no_checkpoint_of_this_kind_is_refused_with_a_sentence(make, words, tmp_path):
+    make(tmp_path / "a.pt")
+    with pytest.raises(UserError, match=words) as caught:
+        engine.read_file(tmp_path / "a.pt", kind="vqkd", remedy="make it so")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_namespace_of_a_released_checkpoint_is_allowed(tmp_path):
+    torch.save(dict(model=dict(w=torch.ones(2)), args=argparse.Namespace(lr=0.1)), tmp_path / "a.pt")
+    assert engine.read_file(tmp_path / "a.pt")["args"].lr == 0.1
+
+
+def test_only_arguments_that_change_the_result_count_as_differences():
+    old, new = dict(lr=0.1, fresh=True, workers=1, seed=0), dict(lr=0.2, fresh=False, workers=4, seed=0)
+    assert engine.differences(old, new) == ["--lr 0.1 -> 0.2"]
+    assert engine.differences(old, old | dict(fresh=False)) == []
+
+
+def test_fresh_moves_the_folder_of_a_tokenizer_but_only_the_files_of_a_later_stage(tmp_path):
+    out = tmp_path / "tiny"
+    def fill(*names):
+        out.mkdir(exist_ok=True)
+        for name in names:
+            (out / name).write_text("")
+    def names(folder):
+        return sorted(f.name for f in folder.iterdir())
+    fill("vqkd.pt", "pretrain.pt", "pretrain.jsonl")
+    engine.set_aside("pretrain", out)
+    assert names(out) == ["vqkd.pt"] and names(tmp_path / "tiny.1") == ["pretrain.jsonl", "pretrain.pt"]
+    engine.set_aside("vqkd", out)
+    assert not out.exists() and names(tmp_path / "tiny.2") == ["vqkd.pt"]
+    engine.set_aside("vqkd", out)                            # nothing there: nothing happens
+    assert not (tmp_path / "tiny.3").exists()
+
+
+def test_a_damaged_resume_file_gives_way_to_the_one_before(tmp_path, capsys):
+    args = arguments(out=tmp_path)
+    for step in (2, 4):
+        engine.save_resume("vqkd", args, engine.describe_run("vqkd", args) | dict(step=step))
+    assert engine.start_or_resume("vqkd", args, ALONE)["step"] == 4
+    (tmp_path / "vqkd.resume.pt").write_bytes(b"half")
+    assert engine.start_or_resume("vqkd", args, ALONE)["step"] == 2 and "the one before" in capsys.readouterr().err
+    engine.finish("vqkd", args, engine.describe_run("vqkd", args))
+    assert [f.name for f in tmp_path.iterdir()] == ["vqkd.pt"]
+    with pytest.raises(UserError, match="--image-size 48 -> 96.*--fresh"):
+        engine.start_or_resume("vqkd", arguments(out=tmp_path, image_size=96), ALONE)
+    with pytest.raises(SystemExit) as done:
+        engine.start_or_resume("vqkd", args, ALONE)
+    assert done.value.code == 0 and "already done" in capsys.readouterr().out
+
+
+def test_a_measured_precision_stays_that_of_the_run_that_goes_on(tmp_path):
+    engine.save_resume("vqkd", arguments(out=tmp_path), engine.describe_run("vqkd", arguments(amp="bf16", amp_auto=True)))
+    args = arguments(out=tmp_path, amp="no", amp_auto=True)
+    engine.start_or_resume("vqkd", args, ALONE)
+    assert args.amp == "bf16"
+
+
+def test_a_resumed_log_holds_no_step_twice(tmp_path):
+    path = tmp_path / "vqkd.jsonl"
+    log = engine.Log(path, arguments(), ALONE, images=5)
+    for step in range(4):
+        log(step=step, loss=1 / 3)
+    with open(path, "a") as f:
+        f.write('{"step": 4, "lo')                           # the run was killed while it wrote
+    engine.Log(path, arguments(), ALONE, start_step=2)(step=2, loss=0.5)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("step") for line in lines] == [None, 0, 1, 2]
+    assert lines[0]["images"] == 5 and lines[0]["args"]["model"] == "tiny" and lines[1]["loss"] == 0.333333
+    engine.Log(path, arguments(), ALONE)                     # a fresh start begins a fresh log
+    assert len(path.read_text().splitlines()) == 1
+    engine.Log(tmp_path / "other.jsonl", arguments(), engine.Process(1, 2, None))(step=0)
+    assert not (tmp_path / "other.jsonl").exists()           # only rank 0 writes
+
+
+# ------------------------------------------------------------------------------------------------------ how a run ends
+@pytest.mark.parametrize("error, code, says", [
+    (UserError("--lr is wrong"), 2, "error: --lr is wrong\n"),
+    (UserError("Caught UserError in worker 0.\nTraceback ...\nengine.UserError: a.jpg is broken"), 2, "error: a.jpg is broken\n")])
+def test_a_user_error_is_one_sentence_and_exit_code_2(error, code, says, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as caught:
+        engine.run(main)
+    assert caught.value.code == code and capsys.readouterr().err == says
+
+
+def test_a_loss_that_is_no_number_ends_the_run():
+    engine.check_finite(1.0, 3, arguments(out="runs/x"))
+    with pytest.raises(UserError, match="nan at step 3.*--lr"):
+        engine.check_finite(math.nan, 3, arguments(out="runs/x"))
