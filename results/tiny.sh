@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Every run behind results/README.md, at tiny size on the built-in shapes. On 2 cores run two of these loops side by side,
+# OMP_NUM_THREADS=1 each: about 50 minutes. Then: python results/table.py
+set -euo pipefail
+cd "$(dirname "$0")/.."
+for s in 0 1 2; do
+    python vqkd.py --seed $s --out runs/hog-$s
+    python pretrain.py --seed $s --out runs/hog-$s
+    python linprobe.py --source all --seed $s --out runs/hog-$s
+    # Patch aggregation taken away, same tokenizer.
+    python pretrain.py --seed $s --out runs/noagg-$s --tokenizer runs/hog-$s/vqkd.pt --no-aggregation
+    python linprobe.py --seed $s --out runs/noagg-$s
+    # Codes distilled from pixels instead of features.
+    python vqkd.py --seed $s --out runs/pixel-$s --teacher pixel
+    python pretrain.py --seed $s --out runs/pixel-$s
+    python linprobe.py --seed $s --out runs/pixel-$s
+    # Both: the BEiT-like baseline of the paper's headline comparison.
+    python pretrain.py --seed $s --out runs/beit-$s --tokenizer runs/pixel-$s/vqkd.pt --no-aggregation
+    python linprobe.py --seed $s --out runs/beit-$s
+    # Fine-tuning with 100 labels a class, against the best of three rates from scratch.
+    python finetune.py --labels-per-class 100 --seed $s --out runs/hog-$s
+    for r in 3e-4 1e-3 3e-3; do
+        python finetune.py --labels-per-class 100 --init scratch --lr $r --seed $s --out runs/scratch-$r-$s
+    done
+done
+# A codebook collapsed on purpose: the base recipe's settings on a small data set.
+python vqkd.py --out runs/collapsed --continuous-steps 0 --restart-every 0 --decay 0.99 --epochs 3
+cp runs/hog-0/vqkd.jsonl results/healthy-vqkd.jsonl
+cp runs/collapsed/vqkd.jsonl results/collapsed-vqkd.jsonl
+cp runs/hog-0/pretrain.jsonl results/healthy-pretrain.jsonl
+cp runs/noagg-0/pretrain.jsonl results/no-aggregation-pretrain.jsonl
+python visualize.py results/*-vqkd.jsonl results/*-pretrain.jsonl --out results/curves.png

@@ -1,0 +1,138 @@
+"""The ViT by hand: patches, relative positions, attention, stochastic depth, read-outs."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import PRESETS, Attention, Block, ViT, attention_weights, drop_path, imagenet_normalize, relative_position_index
+
+
+def small(**options):
+    return ViT(32, 8, 32, 3, 4, **options)
+
+
+def test_relative_position_rows_depend_on_the_offset_alone():
+    gh, gw = 3, 5
+    index = relative_position_index(gh, gw)[1:, 1:].view(gh, gw, gh, gw)
+    assert index[0, 0, 1, 2] == index[1, 2, 2, 4] != index[1, 2, 0, 0]       # the same step, another place; and back
+    assert index[0, 0, 0, 0] == (gh - 1) * (2 * gw - 1) + gw - 1             # no step: the middle of the table
+
+
+def test_every_offset_has_a_row_and_cls_has_three():
+    index = relative_position_index(14, 14)
+    assert index.shape == (197, 197) and index.unique().numel() == 732       # 27 * 27 + 3
+    assert (index[0, 1:] == 729).all() and (index[1:, 0] == 730).all() and index[0, 0] == 731
+
+
+def test_fused_attention_equals_the_equation():
+    layer, x = Attention(32, 4), torch.randn(2, 10, 32)
+    torch.nn.init.normal_(layer.q_bias)
+    q, k, v = layer.queries_keys_values(x)
+    bias = torch.randn(4, 10, 10)
+    written = ((q @ k.transpose(-1, -2)) / math.sqrt(8) + bias).softmax(-1) @ v
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+    torch.testing.assert_close(attention_weights(q, k, bias) @ v, written)
+    torch.testing.assert_close(fused, written)
+    torch.testing.assert_close(layer(x, shared=bias), layer.proj(written.transpose(1, 2).flatten(2)))
+    torch.testing.assert_close(layer(x), layer.proj((attention_weights(q, k) @ v).transpose(1, 2).flatten(2)))
+
+
+def test_a_key_bias_would_change_nothing_so_there_is_none():
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    torch.testing.assert_close(attention_weights(q, k + torch.randn(1, 2, 1, 8)), attention_weights(q, k))
+    assert not any("k_bias" in name for name, _ in Attention(32, 4).named_parameters())
+
+
+def test_attention_weights_are_distributions():
+    weights = small().attention_weights(torch.randn(2, 3, 32, 32), block=1)
+    assert weights.shape == (2, 4, 17, 17)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 17))
+
+
+def test_drop_path_skips_whole_samples_and_keeps_the_mean():
+    x = torch.ones(20000, 1, 1)
+    y = drop_path(x, 0.25, training=True)
+    assert sorted(y.unique().tolist()) == pytest.approx([0, 4 / 3]) and abs(y.mean() - 1) < 0.02
+    assert drop_path(x, 0.25, training=False) is x
+
+
+def test_drop_path_grows_linearly_with_depth():
+    assert [b.drop_path for b in ViT(32, 8, 32, 5, 4, drop_path=0.2).blocks] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_layer_scale_zero_means_none_and_a_small_one_is_nearly_the_identity():
+    x = torch.randn(2, 5, 32)
+    assert Block(32, 4, layer_scale=0).gamma_1 is None
+    torch.testing.assert_close(Block(32, 4, layer_scale=1e-5)(x), x, atol=1e-3, rtol=0)
+
+
+def test_features_give_the_blocks_asked_for_in_that_order():
+    model, x = small().eval(), torch.randn(2, 3, 32, 32)
+    every = model.features(x)
+    last, first = model.features(x, [2, 0])
+    assert len(every) == 3 and torch.equal(last, every[2]) and torch.equal(first, every[0])
+
+
+def test_mean_pooling_normalises_after_the_mean_and_leaves_cls_out():
+    model, x = small(num_classes=7).eval(), torch.randn(2, 3, 32, 32)
+    tokens, = model.features(x, [-1])
+    torch.testing.assert_close(model(x), model.head(model.fc_norm(tokens[:, 1:].mean(1))))
+
+
+def test_cls_pooling_reads_the_normalised_cls_token():
+    model, x = small(num_classes=7, pool="cls").eval(), torch.randn(2, 3, 32, 32)
+    tokens, = model.features(x, [-1])
+    torch.testing.assert_close(model(x), model.head(model.norm(tokens)[:, 0]))
+
+
+@pytest.mark.parametrize("positions", ["absolute", "shared", "per_block"])
+def test_images_need_not_be_square(positions):
+    model = ViT((16, 40), 8, 32, 2, 4, positions=positions)
+    assert model.grid == (2, 5) and model(torch.randn(1, 3, 16, 40)).shape == (1, 11, 32)
+    with pytest.raises(ValueError, match="16x40"):
+        model(torch.randn(1, 3, 40, 16))
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
+    with pytest.raises(ValueError, match="not a multiple"):
+        ViT(30, 8, 32, 2, 4)
+
+
+def test_patches_are_numbered_row_by_row():
+    model = small()
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, :, 8:16, 16:24] = 1                                             # row 1, column 2 of a 4 x 4 grid
+    changed = (model.patch_embed(image) - model.patch_embed(image * 0)).abs().sum(-1)[0]
+    assert changed.argmax() == 6 and (changed > 0).sum() == 1
+
+
+def test_residual_branches_start_smaller_the_deeper_they_sit():
+    blocks = ViT(32, 8, 256, 4, 4).blocks
+    for layer, block in enumerate(blocks, start=1):
+        assert abs(block.mlp.fc2.weight.std() * math.sqrt(2 * layer) - 0.02) < 5e-4
+        assert abs(block.attn.qkv.weight.std() - 0.02) < 5e-4
+
+
+def test_position_tables_start_at_zero_in_the_papers_presets():
+    for name in ("base", "large"):
+        assert "position_std" not in PRESETS[name]
+    assert (small().blocks[0].attn.relative_position_bias_table == 0).all()
+
+
+def test_imagenet_normalisation_maps_the_mean_to_zero():
+    grey = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    torch.testing.assert_close(imagenet_normalize(grey), torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_logits_equal_timms_beit_on_the_same_random_weights(shared):
+    from timm.models.beit import Beit
+    theirs = Beit(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=5, init_values=0.1, qkv_bias=True,
+                  use_abs_pos_emb=False, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared, global_pool="avg").eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    ours = ViT(32, 8, 48, 3, 4, positions="shared" if shared else "per_block", num_classes=5).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=2e-5, atol=2e-5)
