@@ -358,7 +358,10 @@ class Log:
     def __init__(self, path, args, process, start_step=0, **facts):
         self.path, self.active, self.begin = Path(path), process.rank == 0, time.time()
         if self.active:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make {self.path.parent} ({error.strerror}): choose another --out") from error
             lines = self.path.read_text().splitlines(keepends=True) if start_step and self.path.exists() else []
             lines = [x for x in lines if x.endswith("}\n") and json.loads(x).get("step", -1) < start_step]
             self.path.write_text("".join(lines))
