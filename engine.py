@@ -141,7 +141,6 @@ def init_distributed(device="auto"):
     if device == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(minutes=30))
     return Process(rank, world_size, torch.device(device))

@@ -167,3 +167,13 @@ def test_under_torchrun_a_finished_run_is_done_for_all_and_a_mistake_is_said_onc
     assert done.stdout.count("already done") == 1
     other = stage("vqkd.py", *flags, "--steps", 17, processes=2, check=False)
     assert other.returncode and other.stderr.count("error: ") == 1 and "--steps 16 -> 17" in other.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- the paper's size
+def test_the_base_models_run_at_224_pixels(tmp_path):
+    flags = ("--model base --steps 2 --batch-size 2 --data shapes --limit 8 --amp no --workers 0 --device cpu "
+             "--log-every 1").split()
+    stage("vqkd.py", *flags, "--teacher", "hog", "--codes", 64, "--continuous-steps", 1, "--out", tmp_path)
+    stage("pretrain.py", *flags, "--out", tmp_path)
+    first = train_losses(tmp_path / "pretrain.jsonl")[0]
+    assert abs(first - 2 * np.log(64)) < 0.5                 # two heads, ln K each
