@@ -350,9 +350,11 @@ def train(args, process):
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:
                 print(f"step {step + 1}/{steps}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True)
-        if not last and (step + 1) % args.save_every == 0 and process.rank == 0:
-            engine.save_resume("finetune", args, contents(model, args, train_set.classes) | dict(
-                optimizer=optimizer.state_dict(), step=step + 1, best=best))
+        if not last and (step + 1) % args.save_every == 0:
+            engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
+            if process.rank == 0:
+                engine.save_resume("finetune", args, contents(model, args, train_set.classes) | dict(
+                    optimizer=optimizer.state_dict(), step=step + 1, best=best))
 
     result |= best
     log(summary=1, step=steps, init=args.init, **result)

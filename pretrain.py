@@ -343,9 +343,11 @@ def train(args, process):
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:
                 print(f"step {step + 1}/{steps}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True)
-        if not last and (step + 1) % args.save_every == 0 and process.rank == 0:
-            engine.save_resume("pretrain", args, contents(model, args) | dict(
-                optimizer=optimizer.state_dict(), step=step + 1))
+        if not last and (step + 1) % args.save_every == 0:
+            engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
+            if process.rank == 0:
+                engine.save_resume("pretrain", args, contents(model, args) | dict(
+                    optimizer=optimizer.state_dict(), step=step + 1))
 
     log(summary=1, step=steps, **result)
     if process.rank == 0:

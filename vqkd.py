@@ -372,9 +372,11 @@ def train(args, process):
             if process.rank == 0:
                 print(f"step {step + 1}/{steps}: cosine {result['cosine']:.3f}, {result['codes_used']} of {args.codes} "
                       f"codes used, perplexity {result['perplexity']:.1f}", flush=True)
-        if not last and (step + 1) % args.save_every == 0 and process.rank == 0:
-            engine.save_resume("vqkd", args, contents(model, args) | dict(
-                optimizer=optimizer.state_dict(), step=step + 1))
+        if not last and (step + 1) % args.save_every == 0:
+            engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
+            if process.rank == 0:
+                engine.save_resume("vqkd", args, contents(model, args) | dict(
+                    optimizer=optimizer.state_dict(), step=step + 1))
 
     if args.init and not resumed and process.rank == 0:
         print(f"codes used on {args.data}: {before['codes_used']} before, {result['codes_used']} after; "

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Attention, Block, ViT, attention_weights, drop_path, imagenet_normalize, relative_position_index
+from model import (PRESETS, Attention, Block, Mlp, ViT, attention_weights, drop_path, imagenet_normalize,
+                   relative_position_index)
 
 
 def small(**options):
@@ -125,14 +126,29 @@ def test_imagenet_normalisation_maps_the_mean_to_zero():
     torch.testing.assert_close(imagenet_normalize(grey), torch.zeros(1, 3, 2, 2))
 
 
+def test_gelu_is_the_exact_one():
+    mlp = Mlp(1, 1)
+    for layer in (mlp.fc1, mlp.fc2):
+        torch.nn.init.ones_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    assert mlp(torch.ones(1, 1)).item() == pytest.approx(0.8413447, abs=1e-6)     # Phi(1); tanh would give 0.8411920
+
+
+def test_layer_norm_adds_one_millionth_to_the_variance():
+    x = torch.tensor([[1e-3, -1e-3] * 16])                                    # variance 1e-6, as large as eps
+    for norm in (small().blocks[0].norm1, small().fc_norm, small(pool=None).norm):
+        torch.testing.assert_close(norm(x), torch.tensor([[1.0, -1.0] * 16]) / math.sqrt(2), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_logits_equal_timms_beit_on_the_same_random_weights(shared):
     from timm.models.beit import Beit
-    theirs = Beit(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=5, init_values=0.1, qkv_bias=True,
-                  use_abs_pos_emb=False, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared, global_pool="avg").eval()
-    for p in theirs.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    theirs = Beit(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, num_classes=5, init_values=0.1,
+                  qkv_bias=True, use_abs_pos_emb=False, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared,
+                  global_pool="avg").eval()
+    for name, p in theirs.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.3)
     ours = ViT(32, 8, 48, 3, 4, positions="shared" if shared else "per_block", num_classes=5).eval()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=2e-5, atol=2e-5)
+    assert (ours(x) - theirs(x)).abs().max() <= 2e-5 * theirs(x).abs().max()
