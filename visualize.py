@@ -1,4 +1,4 @@
-"""Pictures of what a run did. So far: curves from the JSON logs, several runs over one another, with the line of chance.
+"""Pictures of what a run did. So far: curves from the JSON logs, several runs in one picture, with the line of chance.
 
     python visualize.py runs/tiny/pretrain.jsonl --out curves.png
     python visualize.py runs/a/vqkd.jsonl runs/b/vqkd.jsonl runs/b/pretrain.jsonl --out curves.png
@@ -24,7 +24,7 @@ def read_log(path):
     try:
         lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise engine.UserError(f"{path} is not a JSON log ({error}): give a STAGE.jsonl that a run has written") from error
+        raise engine.UserError(f"{path} is not a JSON log ({error}): give a run's STAGE.jsonl") from error
     steps = [x for x in lines if "step" in x and "summary" not in x]
     return lines[0], [x for x in steps if x.get("split") != "val"], [x for x in steps if x.get("split") == "val"]
 
@@ -53,7 +53,8 @@ def draw_curves(paths, out):
             axis.plot([x["step"] for x in val if key in x], [x[key] for x in val if key in x], "o", color=colour, ms=4)
             if chance and chance in first:
                 axis.axhline(first[chance], color="grey", ls=":", lw=1)
-                axis.text(0, first[chance], "a blind guess, ln K", fontsize=7, va="bottom", color="grey")
+                axis.text(0.98, first[chance], "a blind guess, ln K", fontsize=7, va="bottom", ha="right", color="grey",
+                          transform=axis.get_yaxis_transform())
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)

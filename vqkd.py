@@ -35,8 +35,8 @@ PAPER = dict(            # REFERENCE.md section 2; the paper has this one tokeni
     min_lr=1e-5, beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=64, epochs=100, warmup_epochs=10,
     crop_scale=0.08, continuous_steps=0, restart_every=0)
 RECIPES = {              # tiny, small: ours
-    # tiny: codes that start on an encoder which knows nothing collapse to one or two within an epoch. What holds: two
-    # epochs without quantizer, then the k-means start, a faster moving average, and new places for dead codes.
+    # tiny: codes that start on an encoder which knows nothing hold it back (results/README.md: cold start). So two
+    # epochs go without quantizer, then come the k-means start, a faster moving average, new places for dead codes.
     "tiny": dict(PAPER, teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, decay=0.97, lr=2e-3,
                  batch_size=64, micro_batch=64, epochs=5, warmup_epochs=1, crop_scale=0.6, continuous_steps=376,
                  restart_every=20),

@@ -23,10 +23,13 @@ for s in 0 1 2; do
         python finetune.py --labels-per-class 100 --init scratch --lr $r --seed $s --out runs/scratch-$r-$s
     done
 done
-# A codebook collapsed on purpose: the base recipe's settings on a small data set.
-python vqkd.py --out runs/collapsed --continuous-steps 0 --restart-every 0 --decay 0.99 --epochs 3
+# A cold start, as base has it: quantizer from the first step, slow codes, no restarts. And collapsed on purpose: too high a rate.
+python vqkd.py --out runs/cold --continuous-steps 0 --restart-every 0 --decay 0.99 --epochs 3
+python vqkd.py --out runs/collapsed --continuous-steps 0 --restart-every 0 --decay 0.99 --lr 3e-2 --warmup-epochs 0 --epochs 2
 cp runs/hog-0/vqkd.jsonl results/healthy-vqkd.jsonl
+cp runs/cold/vqkd.jsonl results/cold-start-vqkd.jsonl
 cp runs/collapsed/vqkd.jsonl results/collapsed-vqkd.jsonl
 cp runs/hog-0/pretrain.jsonl results/healthy-pretrain.jsonl
 cp runs/noagg-0/pretrain.jsonl results/no-aggregation-pretrain.jsonl
-python visualize.py results/*-vqkd.jsonl results/*-pretrain.jsonl --out results/curves.png
+python visualize.py results/{healthy,cold-start,collapsed}-vqkd.jsonl results/{healthy,no-aggregation}-pretrain.jsonl \
+    --out results/curves.png
