@@ -266,6 +266,10 @@ def evaluate(model, tokenizer, dataset, commonest, args, process):
 
 def train(args, process):
     resumed = engine.start_or_resume("pretrain", args, process)
+    if not args.tokenizer.is_file():
+        size = "base" if args.model == "large" else args.model           # the paper's one tokenizer serves both
+        raise engine.UserError(f"there is no tokenizer {args.tokenizer}: make it with python vqkd.py --model {size}, or "
+                               f"give --tokenizer FILE, ours or a released one")
     tokenizer = load_tokenizer(args.tokenizer, process.device)
     grid = (args.image_size // args.patch_size,) * 2
     if tokenizer.encoder.grid != grid:
