@@ -146,10 +146,11 @@ def signed_distance(shape, x, y):
     raise ValueError(f"no shape is called {shape!r}")
 
 
-def draw_shapes(seed, split, index, max_rotation=15.0, size=48):
+def draw_shapes(seed, split, index, max_rotation=15.0, size=48, change=None):
     """Images `index` (c,) of a split in one pass: images (c, 3, S, S), masks (c, S, S), labels (c,), factors.
 
-    Images 0 to 9, 10 to 19, ... hold every class once, so that the first n are balanced."""
+    Images 0 to 9, 10 to 19, ... hold every class once, so that the first n are balanced. `change` draws them anew with
+    other values (c,) of some factors, all else equal: {"hue": ..., "class": labels, "noise": whose noise to take}."""
     index, split, half = np.asarray(index), ("train", "val").index(split), size / 2
     labels = (index + (10 * hashed(seed, split, index // 10, 0, draws=1)[:, 0]).astype(np.int64)) % 10
     u = hashed(seed, split, index, 1, draws=16)
@@ -164,6 +165,11 @@ def draw_shapes(seed, split, index, max_rotation=15.0, size=48):
         hue=u[:, 4], saturation=u[:, 5], brightness=np.where(brighter, high, low),
         background_hue=u[:, 9], background=np.where(brighter, low, high),
         texture=(len(TEXTURES) * u[:, 10]).astype(np.int64))
+    change = dict(change or {})
+    labels, noise_of = np.asarray(change.pop("class", labels)), change.pop("noise", index)
+    if unknown := set(change) - set(factors):
+        raise ValueError(f"no factor is called {sorted(unknown)}: there are class, noise, {', '.join(factors)}")
+    factors |= {name: np.asarray(value, factors[name].dtype) for name, value in change.items()}
     f = {name: value[:, None, None] for name, value in factors.items()}                              # (c, 1, 1) each
     py, px = np.meshgrid(*2 * [np.arange(size, dtype=np.float32) - np.float32(half - 0.5)], indexing="ij")
 
@@ -193,7 +199,7 @@ def draw_shapes(seed, split, index, max_rotation=15.0, size=48):
 
     ground = (f["background"] + np.float32(0.04) * pattern.clip(-1, 1))[:, None] + tint(f["background_hue"])
     image = ground + share[:, None] * (f["brightness"][:, None] + tint(f["hue"]) - ground)          # (c, 3, S, S)
-    noise = hashed(seed, split, index, 2, draws=size * size).reshape(-1, 1, size, size)
+    noise = hashed(seed, split, noise_of, 2, draws=size * size).reshape(-1, 1, size, size)
     image += np.float32(0.04) * (noise - np.float32(0.5))
     return (image.clip(0, 1) * 255).round().astype(np.uint8), (share > 0.5).astype(np.uint8), labels, factors
 

@@ -15,6 +15,7 @@ Read in this order: nearest_code, straight_through, vqkd_loss, code_sums, ema_up
 
 import argparse
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,18 +29,19 @@ from torch import nn
 import data
 import engine
 import teachers
+import weights
 from model import PRESETS, ViT, count_parameters, initialise
 
 PAPER = dict(            # REFERENCE.md section 2; the paper has this one tokenizer, of base size, for both backbones
     teacher="clip", codes=8192, code_dim=32, encoder_depth=12, decoder_depth=3, decay=0.99, beta=1.0, lr=5e-5,
     min_lr=1e-5, beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=64, epochs=100, warmup_epochs=10,
-    crop_scale=0.08, continuous_steps=0, restart_every=0)
+    crop_scale=0.08, continuous_steps=0, restart_dead_codes=0)
 RECIPES = {              # tiny, small: ours
     # tiny: codes that start on an encoder which knows nothing hold it back (results/README.md: cold start). So two
     # epochs go without quantizer, then come the k-means start, a faster moving average, new places for dead codes.
     "tiny": dict(PAPER, teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, decay=0.97, lr=2e-3,
                  batch_size=64, micro_batch=64, epochs=5, warmup_epochs=1, crop_scale=0.6, continuous_steps=376,
-                 restart_every=20),
+                 restart_dead_codes=20),
     "small": dict(PAPER, codes=2048, decoder_depth=1, micro_batch=128),
     "base": PAPER,
 }
@@ -68,18 +70,26 @@ def straight_through(h, v):
     return h + (v - h).detach()
 
 
-def vqkd_loss(o, t, h, v, beta=1.0):
+def vqkd_loss(o, t, h, v, beta=1.0, teacher_dims=None):
     """Eq. (2), negated so that we minimise it.  o, t (B, N, C); h = l2(h_i), v = l2(v_zi) (B, N, D) -> loss, parts
 
     max  sum_i cos(o_i, t_i)  -  || sg[l2(h_i)] - l2(v_zi) ||^2  -  || l2(h_i) - sg[l2(v_zi)] ||^2
+
+    Ours, not in the paper: several teachers in a row in C, as {"clip": 512, "dino": 768}; their cosines are averaged.
     """
-    cosine = F.cosine_similarity(o.float(), t.float(), dim=-1).mean()    # cos(o_i, t_i)
+    dims = teacher_dims or {"": o.shape[-1]}
+    pairs = zip(o.float().split(list(dims.values()), dim=-1), t.float().split(list(dims.values()), dim=-1))
+    cosines = [F.cosine_similarity(o_, t_, dim=-1).mean() for o_, t_ in pairs]           # cos(o_i, t_i)
+    cosine = sum(cosines) / len(cosines)
     codebook = F.mse_loss(v, h.detach())                     # || sg[l2(h_i)] - l2(v_zi) ||^2   moves v; see below
     commit = F.mse_loss(h, v.detach())                       # || l2(h_i) - sg[l2(v_zi)] ||^2   keeps h near its code
     # Differs from Eq. (2): v is no parameter. Instead of following the gradient of `codebook` the codes move by moving
     # average (ema_update), as the authors train them; the two point the same way (tests/test_ema.py shows it).
     # Differs from Eq. (2): mse_loss is a mean over D where the equation sums, so these terms are D times smaller.
-    return 1 - cosine + beta * commit, dict(cosine=cosine.detach(), commit=commit.detach(), codebook=codebook.detach())
+    parts = dict(cosine=cosine, commit=commit, codebook=codebook)
+    if len(cosines) > 1:
+        parts |= {f"cosine_{name}": c for name, c in zip(dims, cosines)}
+    return 1 - cosine + beta * commit, {name: part.detach() for name, part in parts.items()}
 
 
 def code_sums(h, z, codes):
@@ -112,15 +122,6 @@ def kmeans(x, centres, iterations=10):
     return centres, counts
 
 
-def codebook_usage(counts):
-    """How healthy a codebook is, from how often each code was chosen (K,): a collapse shows as falling perplexity."""
-    p = counts.double() / counts.sum().clamp(min=1)
-    entropy = -(p * p.clamp(min=1e-30).log()).sum().item()   # in nats; ln K where all codes are used alike
-    used = int((counts > 0).sum())
-    return dict(codes_used=used, dead_codes=len(counts) - used, entropy=entropy, perplexity=math.exp(entropy),
-                top10_share=100 * p.sort(descending=True).values[:10].sum().item())
-
-
 class Codebook(nn.Module):
     """K unit vectors. State, not parameters: k-means starts them, ema_update moves them, no optimiser sees them."""
 
@@ -146,7 +147,7 @@ class Codebook(nn.Module):
 class VQKD(nn.Module):
     """Encoder, codebook and decoder. The teacher is not in here: it is never trained, saved or wrapped."""
 
-    def __init__(self, image_size, patch_size, width, depth, heads, decoder_depth, codes, code_dim, teacher_dim):
+    def __init__(self, image_size, patch_size, width, depth, heads, decoder_depth, codes, code_dim, teacher_dims):
         super().__init__()
         # Recipe, not in the paper: absolute positions, no layer scale (relative positions come with stage 2).
         kind = dict(positions="absolute", layer_scale=0, pool="mean")
@@ -154,10 +155,14 @@ class VQKD(nn.Module):
         # The decoder is the same kind of network on the map of codes, each code one "pixel" of D channels.
         self.decoder = ViT(self.encoder.grid, 1, width, decoder_depth, heads, in_channels=code_dim, **kind)
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim))
-        self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, teacher_dim))
+        # One head per teacher. The first has the released name; more than one is ours.
+        self.decode_task_layer, *more = [nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, dim))
+                                         for dim in teacher_dims]
+        self.more_decode_task_layers = nn.ModuleList(more)
         self.quantize = Codebook(codes, code_dim)
         initialise(self.encode_task_layer)
         initialise(self.decode_task_layer)
+        initialise(self.more_decode_task_layers)
 
     def project(self, images):
         """Images (B, 3, H, W) in [0, 1] -> h (B, N, D), not yet normalised. The tokenizer's own pixels are [-1, 1]."""
@@ -166,9 +171,10 @@ class VQKD(nn.Module):
             return self.encode_task_layer(tokens.float())
 
     def decode(self, v):
-        """Codes (B, N, D) -> o (B, N, C), the teacher's features as the decoder rebuilds them."""
+        """Codes (B, N, D) -> o (B, N, C), the decoder's guess of the teacher's features (of all teachers, in a row)."""
         gh, gw = self.encoder.grid
-        return self.decode_task_layer(self.decoder(v.transpose(1, 2).reshape(v.shape[0], -1, gh, gw))[:, 1:])
+        x = self.decoder(v.transpose(1, 2).reshape(v.shape[0], -1, gh, gw))[:, 1:]
+        return torch.cat([head(x) for head in (self.decode_task_layer, *self.more_decode_task_layers)], dim=-1)
 
     def forward(self, images, quantize=True):
         """-> o (B, N, C), h (B, N, D), v (B, N, D), z (B, N); quantize=False lets h itself pass instead of its code."""
@@ -188,7 +194,10 @@ def parse_args(argv=None):
     engine.add_run_args(p)
     g = p.add_argument_group("VQ-KD")
     g.add_argument("--teacher", help="whose patch features to distil: clip, dino, open_clip:NAME@TAG_OR_FILE, "
-                                     "timm:NAME@FILE, hog, pixel; base: clip, tiny: hog")
+                                     "timm:NAME@FILE, hog, pixel, or several: clip+dino; base: clip, tiny: hog")
+    g.add_argument("--cache-teacher", type=Path, metavar="DIR",
+                   help="compute the teacher's features once, keep them in DIR and train on whole images and mirror "
+                        "images: no random crops, but a CLIP-size teacher becomes usable on a CPU")
     g.add_argument("--codes", type=int, help="K, size of the codebook; base: 8192")
     g.add_argument("--code-dim", type=int, help="D, numbers per code; base: 32")
     g.add_argument("--encoder-depth", type=int, help="blocks of the encoder; base: 12")
@@ -196,30 +205,68 @@ def parse_args(argv=None):
     g.add_argument("--decay", type=float, help="of the moving average that moves the codes; base: 0.99")
     g.add_argument("--beta", type=float, help="weight of the commitment term; base: 1")
     g.add_argument("--continuous-steps", type=int, help="first steps without quantizer, before k-means; base: 0")
-    g.add_argument("--restart-every", type=int, help="steps between restarts of dead codes from current vectors, "
-                                                     "in the first 80 %% of training; base: 0, never")
+    g.add_argument("--restart-dead-codes", type=int, metavar="STEPS",
+                   help="so often, in the first 80 %% of training, move codes that nothing chose of late to current "
+                        "vectors; base: 0, never")
+    g.add_argument("--stop-on-collapse", action="store_true", help="end the run when the codebook collapses")
     g.add_argument("--crop-scale", type=float, help="smallest share of the image that a random crop keeps; base: 0.08")
     g.add_argument("--lr", type=float, help="peak rate at batch 128, grows with --batch-size; base: 5e-5, so 2e-4")
     g.add_argument("--min-lr", type=float, help="rate that the cosine approaches; base: 1e-5")
     g.add_argument("--beta2", type=float, help="of AdamW; base: 0.99")
     g.add_argument("--weight-decay", type=float, help="base: 1e-4")
     g.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up; base: 10")
-    g.add_argument("--init", type=Path, help="go on from this tokenizer (ours or a released one) on your own --data")
+    g.add_argument("--init", type=Path, help="go on from this tokenizer (ours or a released one) on your own --data; "
+                                             "with another number of --codes its most used ones stay, or are split")
     g.add_argument("--encode", type=Path, metavar="IMAGE_OR_FOLDER", help="only write the token ids of images")
     args = engine.with_recipe(p.parse_args(argv), RECIPES)
     args.image_size = args.image_size or PRESETS[args.model]["image_size"]
     args.patch_size = args.patch_size or PRESETS[args.model]["patch_size"]
     engine.check_ranges(args, [
         ("codes", 2, 2**20), ("code_dim", 1, 4096), ("encoder_depth", 1, 100), ("decoder_depth", 1, 100), ("lr", 0, 10),
-        ("decay", 0, 1), ("beta", 0, 1e3), ("continuous_steps", 0, 10**9), ("restart_every", 0, 10**9),
+        ("decay", 0, 1), ("beta", 0, 1e3), ("continuous_steps", 0, 10**9), ("restart_dead_codes", 0, 10**9),
         ("min_lr", 0, 10), ("crop_scale", 1e-3, 1), ("beta2", 0, 0.9999), ("weight_decay", 0, 10),
         ("warmup_epochs", 0, 10**6)])
-    if args.image_size % args.patch_size:
-        raise engine.UserError(f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}")
+    weights.grid_of(args.image_size, args.patch_size)        # complains where it does not divide
     return args
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- codebook health --------------------------------------------------------------------------------------------------
+def codebook_usage(counts):
+    """How healthy a codebook is, from how often each code was chosen (K,): a collapse shows as falling perplexity."""
+    p = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(p * p.clamp(min=1e-30).log()).sum().item()   # in nats; ln K where all codes are used alike
+    used = int((counts > 0).sum())
+    return dict(codes_used=used, dead_codes=len(counts) - used, entropy=entropy, perplexity=math.exp(entropy),
+                top10_share=100 * p.sort(descending=True).values[:10].sum().item())
+
+
+def collapsing(perplexity, best, codes, warned=False):
+    """Whether the codebook is dying: perplexity under 30 % of its best or 15 % of the codes. Having `warned`, the
+    answer stays yes until it is back over half of its best and over 25 %, so that one fall gives one warning.
+
+    A collapse feeds itself: codes that nothing chooses do not move, while the encoder pulls everything to the few that
+    are left. The time to know is on the way down; a healthy start dips, too, but less (results/README.md).
+    """
+    share, floor = (0.5, 0.25) if warned else (0.3, 0.15)
+    return perplexity < max(share * best, floor * codes)
+
+
+def resize_codebook(codebook, cluster_size, codes):
+    """Another number of codes for a trained codebook.  (K, D), (K,) -> (codes, D), (codes,)
+
+    Shrunk, the most used codes stay. Grown, the most used ones are split in two that differ a little: they share the
+    old one's vectors between them and drift apart, so that new codes land where the data is dense.
+    """
+    order = cluster_size.argsort(descending=True, stable=True)
+    if codes <= len(codebook):
+        keep = order[:codes].sort().values                   # the ids that stay keep their order
+        return codebook[keep], cluster_size[keep]
+    split = order.repeat(math.ceil(codes / len(order)) - 1)[:codes - len(order)]
+    new = l2(codebook[split] + 0.05 * l2(torch.randn_like(codebook[split])))
+    share = cluster_size / (1 + torch.bincount(split, minlength=len(order)))
+    return torch.cat([codebook, new]), torch.cat([share, share[split]])
+
+
 @torch.no_grad()
 def kmeans_start(model, dataset, args, process):
     """Give the codebook its first codes: k-means on what the encoder says of a few training images, on rank 0 for all.
@@ -235,7 +282,8 @@ def kmeans_start(model, dataset, args, process):
         generator = torch.Generator().manual_seed(args.seed)
         order, h = torch.randperm(len(dataset), generator=generator).tolist()[:images_needed], []
         for first in range(0, images_needed, 64):
-            images = torch.stack([dataset[(0, i)][0] for i in order[first:first + 64]])
+            batch = torch.utils.data.default_collate([dataset[(0, i)][0] for i in order[first:first + 64]])
+            images = batch if isinstance(batch, torch.Tensor) else batch[0]
             with engine.autocast(process.device, args.amp):
                 h.append(l2(model.project(engine.to_float(images, process.device))).flatten(0, 1))
         h = torch.cat(h)                                     # (n, D)
@@ -268,49 +316,85 @@ def restart_dead_codes(codebook, h, process, threshold=0.1):
     return len(dead)
 
 
+def watch_codebook(counts, health, step, args, process, log):
+    """Warn, once per fall, when the codebook collapses; --stop-on-collapse ends the run. -> health, for next time"""
+    perplexity = codebook_usage(counts)["perplexity"]
+    best, warned = max(health["best"], perplexity), health["warned"]
+    most = min(args.codes, int(counts.sum()) / 4)            # a small batch cannot show the whole of a large codebook
+    falling = collapsing(perplexity, best, most, warned)
+    if falling and not warned:
+        text = (f"the codebook is collapsing: perplexity {perplexity:.1f} of {args.codes} at step {step}, {best:.1f} "
+                f"at best. Lower --lr or lengthen --warmup-epochs; on small data start late (--continuous-steps), let "
+                f"the codes follow faster (--decay 0.97) or give dead ones a new place (--restart-dead-codes 20)")
+        log(step=step, warning=text)
+        if args.stop_on_collapse:
+            raise engine.UserError(text)
+        if process.rank == 0:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+    return dict(best=best, warned=falling)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+def images_and_features(batch, teacher, device):
+    """Images (B, 3, H, W) in [0, 1] and the teacher's features t (B, N, C), from the teacher or from its cache."""
+    if isinstance(batch, torch.Tensor):
+        images = engine.to_float(batch, device)
+        return images, teacher(images)
+    return engine.to_float(batch[0], device), batch[1].to(device, non_blocking=True).float()
+
+
 @torch.no_grad()
 def evaluate(model, teacher, dataset, args, process):
-    """Cosine to the teacher, mean squared distance to the code, and codebook use over the whole data set, all ranks."""
+    """Cosine to the teacher, distance to the code and codebook use over the whole data set, all ranks together."""
     model.eval()
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
-    totals = torch.zeros(3, dtype=torch.double, device=process.device)
+    dims = dict(zip(teacher.names, teacher.dims))
+    names = ["images", "cosine", "commit", "distance"] + [f"cosine_{name}" for name in dims if len(dims) > 1]
+    totals = torch.zeros(len(names), dtype=torch.double, device=process.device)
     counts = torch.zeros(args.codes, device=process.device)
-    for images, _ in data.make_loader(dataset, batches, args.workers, process.device):
-        images = engine.to_float(images, process.device)
+    for batch, _ in data.make_loader(dataset, batches, args.workers, process.device):
         with engine.autocast(process.device, args.amp):
+            images, t = images_and_features(batch, teacher, process.device)
             o, h, v, z = model(images)
-            _, parts = vqkd_loss(o, teacher(images), h, v)
-        totals += torch.stack([parts["cosine"], parts["commit"], torch.ones_like(parts["cosine"])]) * len(images)
+            _, parts = vqkd_loss(o, t, h, v, teacher_dims=dims)
+        parts |= dict(images=torch.ones_like(parts["cosine"]), distance=(h - v).norm(dim=-1).mean())     # || h - v ||
+        totals += torch.stack([parts[name] for name in names]) * len(images)
         counts += torch.bincount(z.flatten(), minlength=args.codes)
     model.train()
-    cosine, commit, n = engine.all_reduce_sum(totals).tolist()
-    return dict(cosine=cosine / n, commit=commit / n, **codebook_usage(engine.all_reduce_sum(counts)))
+    n, *sums = engine.all_reduce_sum(totals).tolist()
+    return {name: s / n for name, s in zip(names[1:], sums)} | codebook_usage(engine.all_reduce_sum(counts))
 
 
 def train(args, process):
     resumed = engine.start_or_resume("vqkd", args, process)
     options = dict(data_dir=args.data_dir, limit=args.limit, seed=args.seed, labelled=False)
-    views = data.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0))
+    whole = data.eval_transform(args.image_size)
+    views = whole if args.cache_teacher else data.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0))
     train_set = data.open_data(args.data, "train", views, download=args.download, **options)
-    val_set = data.open_data(args.data, "val", data.eval_transform(args.image_size), **options)
+    val_set = data.open_data(args.data, "val", whole, **options)
     steps, warmup, per_epoch = engine.resolve_steps(args, len(train_set))
     if args.continuous_steps >= steps and not args.init:
         raise engine.UserError(f"--continuous-steps {args.continuous_steps} leaves none of {steps} steps to the codes")
     micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
     grid = (args.image_size // args.patch_size,) * 2
     teacher = teachers.build_teacher(args.teacher, grid, args.patch_size, process.device)
+    teacher_dims = dict(zip(teacher.names, teacher.dims))
+    if args.cache_teacher:
+        train_set, val_set = (teachers.cache_features(
+            teacher, images, args.cache_teacher, process, flip=flip, batch_size=args.micro_batch, workers=args.workers,
+            amp=args.amp) for images, flip in ((train_set, True), (val_set, False)))
 
     engine.seed_all(args.seed)
-    model = build(args, teacher.dim).to(process.device)
+    model = build(args, teacher.dims).to(process.device)
     if args.init:
         load_state(model, args.init)
     groups = engine.param_groups(model.named_parameters(), args.weight_decay)
     optimizer = engine.adamw(groups, (0.9, args.beta2), process.device)
-    start = 0
+    start, health = 0, dict(best=0.0, warned=False)
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
-        start = resumed["step"]
+        start, health = resumed["step"], resumed["health"]
     network = torch.compile(model) if args.compile else model
     ddp = engine.distribute(network, process)
     log = engine.Log(args.out / "vqkd.jsonl", args, process, start, images=len(train_set), steps=steps)
@@ -336,12 +420,12 @@ def train(args, process):
         sums = torch.zeros_like(model.quantize.embedding.weight)
         counts = torch.zeros(args.codes, device=process.device)
         for k in range(accumulation):
-            images = engine.to_float(next(batches)[0], process.device)               # (B, 3, H, W)
+            batch, _ = next(batches)
             with engine.no_sync(ddp, last=k == accumulation - 1):
                 with engine.autocast(process.device, args.amp):
+                    images, t = images_and_features(batch, teacher, process.device)  # (B, 3, H, W), (B, N, C)
                     o, h, v, z = ddp(images, quantize)
-                    t = teacher(images)                                              # (B, N, C)
-                    loss, parts = vqkd_loss(o, t, h, v, args.beta)
+                    loss, parts = vqkd_loss(o, t, h, v, args.beta, teacher_dims)
                 (loss / accumulation).backward()
             if quantize:
                 s, c = code_sums(h, z, args.codes)
@@ -352,9 +436,11 @@ def train(args, process):
         # 3. The codes follow the vectors that chose them: looked up first, moved after, once per update.
         if quantize:
             model.quantize.update(engine.all_reduce_sum(sums), engine.all_reduce_sum(counts), args.decay)
-            if args.restart_every and step % args.restart_every == 0 and step < 0.8 * steps:
+            if args.restart_dead_codes and step % args.restart_dead_codes == 0 and step < 0.8 * steps:
                 engine.seed_all(args.seed, step)
                 restart_dead_codes(model.quantize, h, process)
+            if process.device.type == "cpu" or step % 10 == 0:           # reading a number waits for a GPU
+                health = watch_codebook(counts, health, step, args, process, log)
 
         # 4. One log line now and then; an evaluation after every epoch.
         last = step == steps - 1
@@ -376,7 +462,7 @@ def train(args, process):
             engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
             if process.rank == 0:
                 engine.save_resume("vqkd", args, contents(model, args) | dict(
-                    optimizer=optimizer.state_dict(), step=step + 1))
+                    optimizer=optimizer.state_dict(), step=step + 1, health=health))
 
     if args.init and not resumed and process.rank == 0:
         print(f"codes used on {args.data}: {before['codes_used']} before, {result['codes_used']} after; "
@@ -388,10 +474,10 @@ def train(args, process):
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-def build(args, teacher_dim):
+def build(args, teacher_dims):
     width, heads = PRESETS[args.model]["width"], PRESETS[args.model]["heads"]
     return VQKD(args.image_size, args.patch_size, width, args.encoder_depth, heads, args.decoder_depth, args.codes,
-                args.code_dim, teacher_dim)
+                args.code_dim, teacher_dims)
 
 
 def contents(model, args):
@@ -404,10 +490,16 @@ def contents(model, args):
 def load_state(model, path):
     """Load tokenizer weights, ours or released, into `model`. Dead entries of the released files are passed over."""
     file = engine.read_file(path, remedy="make it with python vqkd.py, or give --tokenizer FILE")
+    state, own = file.get("model", file), model.quantize
     dead = ("teacher", "scaling_layer", "quantize.embedding.cluster_size", "quantize.embedding.embed_avg",
             "quantize.embedding.initted")
+    state = {k: t for k, t in state.items() if not k.startswith(dead)}
+    table = state.get("quantize.embedding.weight")
+    if table is not None and len(table) != len(own.cluster_size):
+        table, size = resize_codebook(table, state["quantize.cluster_size"], len(own.cluster_size))
+        state |= {"quantize.embedding.weight": table, "quantize.cluster_size": size}
     try:
-        model.load_state_dict({k: t for k, t in file.get("model", file).items() if not k.startswith(dead)})
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise engine.UserError(f"{path} does not fit this tokenizer: {' '.join(str(error).split())[:300]}") from error
 
@@ -420,13 +512,14 @@ def load_tokenizer(path, device="cpu"):
         width, _, _, patch = state["encoder.patch_embed.proj.weight"].shape
         side = round(math.sqrt(state["encoder.pos_embed"].shape[1] - 1))
         codes, code_dim = state["quantize.embedding.weight"].shape
-        teacher_dim = state["decode_task_layer.2.weight"].shape[0]
+        teacher_dims = [len(state["decode_task_layer.2.bias"])] + [
+            len(t) for k, t in state.items() if re.fullmatch(r"more_decode_task_layers\.\d+\.2\.bias", k)]
     except (KeyError, ValueError, AttributeError) as error:
         raise engine.UserError(f"{path} is no VQ-KD tokenizer ({error}): make one with python vqkd.py") from error
     depth, decoder_depth = (len({k.split(".")[2] for k in state if k.startswith(f"{part}.blocks.")})
                             for part in ("encoder", "decoder"))
     heads = file.get("arch", {}).get("heads", width // 64)               # released files do not say: 64 a head
-    model = VQKD(side * patch, patch, width, depth, heads, decoder_depth, codes, code_dim, teacher_dim)
+    model = VQKD(side * patch, patch, width, depth, heads, decoder_depth, codes, code_dim, teacher_dims)
     load_state(model, path)
     return model.to(device).eval().requires_grad_(False)
 
@@ -447,9 +540,10 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         # The teacher's width is all that is wanted of it: known for the two of the paper, free of cost for ours.
-        width = dict(clip=512, dino=768).get(args.teacher) or teachers.build_teacher(
-            args.teacher, (args.image_size // args.patch_size,) * 2, args.patch_size, torch.device("cpu")).dim
-        model = build(args, width)
+        known = {"clip": (512,), "dino": (768,), "clip+dino": (512, 768)}
+        grid = (args.image_size // args.patch_size,) * 2
+        model = build(args, known.get(args.teacher) or teachers.build_teacher(
+            args.teacher, grid, args.patch_size, torch.device("cpu")).dims)
         print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters; {model.encoder.num_patches} patches per image; "
               f"{args.codes} codes of {args.code_dim} numbers; {args.batch_size} images per update")

@@ -24,8 +24,8 @@ for s in 0 1 2; do
     done
 done
 # A cold start, as base has it: quantizer from the first step, slow codes, no restarts. And collapsed on purpose: too high a rate.
-python vqkd.py --out runs/cold --continuous-steps 0 --restart-every 0 --decay 0.99 --epochs 3
-python vqkd.py --out runs/collapsed --continuous-steps 0 --restart-every 0 --decay 0.99 --lr 3e-2 --warmup-epochs 0 --epochs 2
+python vqkd.py --out runs/cold --continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --epochs 3
+python vqkd.py --out runs/collapsed --continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --lr 3e-2 --warmup-epochs 0 --epochs 2
 cp runs/hog-0/vqkd.jsonl results/healthy-vqkd.jsonl
 cp runs/cold/vqkd.jsonl results/cold-start-vqkd.jsonl
 cp runs/collapsed/vqkd.jsonl results/collapsed-vqkd.jsonl

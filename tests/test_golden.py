@@ -89,7 +89,7 @@ def test_both_heads_of_masked_image_modelling_equal_the_authors(golden, name):
 def vqkd_model(g, tmp_path):
     c = g["config"]
     model = vqkd.VQKD(c["img_size"], c["patch_size"], c["embed_dim"], c["enc_depth"], c["num_heads"], c["dec_depth"],
-                      c["n_embed"], c["code_dim"], c["decoder_out_dim"])
+                      c["n_embed"], c["code_dim"], (c["decoder_out_dim"],))
     torch.save(dict(model=g["state_dict"]), tmp_path / "released.pt")        # loaded as a released file would be
     vqkd.load_state(model, tmp_path / "released.pt")
     return model

@@ -1,14 +1,22 @@
 """Teachers: known answers for the hand-made ones; the networks' own forward for the others, as tiny random files."""
+import functools
 import json
+import os
+import pickle
+import shutil
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 import engine
 import teachers
-from teachers import HogTeacher, PixelTeacher, build_teacher, to_teacher
+from conftest import ROOT, stage
+from teachers import HogTeacher, PixelTeacher, build_teacher, cache_features, to_teacher
 
 
 def textured(b=2, h=48, w=48):
@@ -154,6 +162,19 @@ def tiny_clip(tmp_path_factory):
     return "tiny-test-quickgelu", str(folder / "weights.pt"), model
 
 
+@pytest.fixture(scope="module")
+def square_clip(tmp_path_factory):
+    """-> (model name, file): 3 x 3 patches of 14 pixels, the patch size of ViT-L-14."""
+    open_clip = pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("clip14")
+    (folder / "tiny-test-14.json").write_text(json.dumps(dict(
+        embed_dim=20, vision_cfg=dict(image_size=42, patch_size=14, width=32, layers=2, head_width=16), quick_gelu=True,
+        text_cfg=dict(context_length=8, vocab_size=64, width=16, heads=2, layers=1))))
+    open_clip.add_model_config(folder)
+    torch.save(fill(open_clip.create_model("tiny-test-14")).state_dict(), folder / "clip+hand+made.pt")
+    return "tiny-test-14", str(folder / "clip+hand+made.pt")
+
+
 def clip_patches(tower, x):
     """ln_post and projection on the patches, from open_clip's own forward."""
     tower.output_tokens = True
@@ -190,6 +211,25 @@ def test_clip_positions_are_interpolated_to_the_students_grid(tiny_clip):
     assert teacher.size == (40, 24) and teacher(textured(2, 30, 18)).shape == (2, 15, 24)
     before = torch.load(file, weights_only=True)["visual.positional_embedding"]
     assert torch.equal(teacher.tower.positional_embedding[0], before[0])            # [CLS] has no place to interpolate
+
+
+def test_clip_away_from_its_native_size_is_open_clips_own_forward_at_that_size(square_clip):
+    open_clip = pytest.importorskip("open_clip")
+    name, file = square_clip
+    teacher = build_teacher(f"open_clip:{name}@{file}", (5, 5), 8, "cpu")           # student: 40 px; teacher: 70 px
+    tower = open_clip.create_model(name, pretrained=file, force_image_size=70).visual.eval()     # 3 x 3 -> 5 x 5
+    images = textured(2, 40, 40)
+    enlarged = to_teacher(images, (70, 70), tower.image_mean, tower.image_std)
+    torch.testing.assert_close(teacher(images), clip_patches(tower, enlarged), atol=1e-5, rtol=1e-5)
+
+
+def test_the_larger_clip_that_the_help_names_exists_and_has_the_activation_of_its_weights():
+    open_clip = pytest.importorskip("open_clip")
+    with pytest.raises(engine.UserError, match="open_clip:ViT-L-14-quickgelu@openai"):
+        build_teacher("larger", (6, 6), 8, "cpu")
+    assert "open_clip:ViT-L-14-quickgelu@openai" in teachers.__doc__
+    assert open_clip.get_model_config("ViT-L-14-quickgelu")["quick_gelu"]
+    assert open_clip.get_pretrained_cfg("ViT-L-14-quickgelu", "openai")["quick_gelu"]
 
 
 def test_the_teachers_patches_are_the_students_patches(tiny_clip):
@@ -268,6 +308,87 @@ def test_a_norm_behind_mean_pooling_is_applied_to_each_token(tiny_vit):
     assert isinstance(model.fc_norm, nn.LayerNorm) and torch.equal(teacher(images), expected)
 
 
+@pytest.mark.parametrize("name, class_token, patch", [
+    ("vit_base_patch14_reg4_dinov2", 1, 14),                        # four registers, positions on patches only
+    ("vit_wee_patch16_reg1_gap_256", 0, 16),                        # one register, no class token, norm behind pooling
+    ("vit_large_patch16_siglip_256", 0, 16),                        # patches only, and attention pooling after them
+    ("vit_large_patch14_clip_224", 1, 14)])                        # ViT-L of timm: pre-norm, patch 14
+def test_registers_and_a_missing_class_token_do_not_shift_the_patches(name, class_token, patch, tmp_path, monkeypatch):
+    """Published architectures, made narrow and shallow; native grid 4 x 4, student's grid 3 x 5."""
+    timm = pytest.importorskip("timm")
+    create = functools.partial(timm.create_model, embed_dim=32, depth=2, num_heads=2, img_size=4 * patch)
+    model = fill(create(name, num_classes=0))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    monkeypatch.setattr(timm, "create_model", create)
+    registers = model.num_prefix_tokens - class_token
+    assert registers == sum(int(n[3:]) for n in name.split("_") if n.startswith("reg"))
+
+    native = build_teacher(f"timm:{name}@{tmp_path}/weights.pt", (4, 4), 8, "cpu")
+    images = textured(2, 4 * patch, 4 * patch)
+    with torch.no_grad():
+        tokens = model.forward_features(to_teacher(images, images.shape[-2:], native.mean, native.std))
+        expected = model.fc_norm(tokens)[:, -16:]                   # whatever comes first, the patches come last
+    assert torch.equal(native(images), expected)
+
+    # Elsewhere: timm's own resizing while loading. Pixels of one patch move that patch's feature, blocks left out.
+    teacher = build_teacher(f"timm:{name}@{tmp_path}/weights.pt", (3, 5), 8, "cpu")
+    own = create(name, num_classes=0).eval()
+    own.set_input_size((3 * patch, 5 * patch))
+    state = timm.models.vision_transformer.checkpoint_filter_fn(torch.load(tmp_path / "weights.pt"), own)
+    own.load_state_dict(state)
+    images = textured(2, 24, 40)
+    enlarged = to_teacher(images, (3 * patch, 5 * patch), teacher.mean, teacher.std)
+    with torch.no_grad():
+        expected = own.fc_norm(own.forward_features(enlarged))[:, -15:]
+    torch.testing.assert_close(teacher(images), expected, atol=1e-5, rtol=1e-5)
+    teacher.model.blocks = nn.Identity()
+    changed = images.clone()
+    changed[0, :, 9:15, 25:31] = 1 - changed[0, :, 9:15, 25:31]     # inside row 1, column 3
+    assert (teacher(changed) - teacher(images)).abs().sum(-1)[0].argmax() == 1 * 5 + 3
+
+
+# ---------------------------------------------------------------------------------------------------- several teachers
+def test_several_teachers_stand_side_by_side_whatever_their_widths_and_patch_sizes(square_clip, tiny_vit):
+    clip, clip_file = square_clip                                   # patch 14; a file name with + in it
+    vit = f"timm:test_vit@{tiny_vit()[0]}"                          # patch 16
+    name = f"open_clip:{clip}@{clip_file}+{vit}+hog+pixel"
+    teacher = build_teacher(name, (4, 6), 8, "cpu")
+    assert teacher.name == name and teacher.names == ("tiny-test-14", "test_vit", "hog", "pixel")
+    assert teacher.dims == (20, 64, 144, 192) and teacher.dim == 420
+    images = textured(2, 32, 48)
+    t = teacher(images)
+    assert t.shape == (2, 24, 420) and t.dtype == torch.float32
+    for part, spec in zip(t.split(teacher.dims, dim=-1), (f"open_clip:{clip}@{clip_file}", vit, "hog", "pixel")):
+        alone = build_teacher(spec, (4, 6), 8, "cpu")
+        assert torch.equal(part, alone(images)) and alone.dims == (alone.dim,) and len(alone.names) == 1
+    # Whatever the patch size of a teacher: row 1, column 3 of the student moves row 1, column 3 most.
+    teacher.teachers[0].tower.transformer = teacher.teachers[1].model.blocks = nn.Identity()
+    changed = images.clone()
+    changed[..., 9:15, 25:31] = 1 - changed[..., 9:15, 25:31]
+    for part in (teacher(changed) - teacher(images))[0].split(teacher.dims, dim=-1):
+        assert part.abs().sum(-1).argmax() == 1 * 6 + 3
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("clip+dino", ["clip", "dino"]), ("hog+pixel", ["hog", "pixel"]), ("clip", ["clip"]),
+    ("open_clip:A@a+b/c+d.pt+timm:B@+clip.pt+dino", ["open_clip:A@a+b/c+d.pt", "timm:B@+clip.pt", "dino"]),
+    ("timm:B@dino+hogs/x+timm:C@y", ["timm:B@dino+hogs/x", "timm:C@y"])])
+def test_only_a_plus_before_a_teachers_name_splits(name, parts):
+    assert teachers.split_names(name) == parts
+
+
+def test_labels_of_teachers_differ_and_no_teacher_comes_twice(tiny_clip):
+    name, file, _ = tiny_clip
+    copy = shutil.copy(file, f"{file}.copy")
+    two = build_teacher(f"open_clip:{name}@{file}+open_clip:{name}@{copy}", (2, 3), 8, "cpu")
+    assert two.names == (f"{name}_1", f"{name}_2")
+    for same in ("hog+pixel+hog", "clip+open_clip:ViT-B-16-quickgelu@openai", "timm:vit_base_patch16_224.dino+dino"):
+        with pytest.raises(engine.UserError, match="twice"):
+            build_teacher(same, (2, 3), 8, "cpu")
+    with pytest.raises(engine.UserError, match="sift is not known"):
+        build_teacher("hog+sift", (2, 3), 8, "cpu")
+
+
 def test_nothing_of_a_teacher_can_be_trained_or_saved(tiny_clip, tiny_vit):
     name, file, _ = tiny_clip
     for spec in ("hog", "pixel", f"open_clip:{name}@{file}", f"timm:test_vit@{tiny_vit()[0]}"):
@@ -341,3 +462,176 @@ def test_networks_without_patch_tokens_are_refused(tiny_vit):
     file, _ = tiny_vit("test_resnet")
     with pytest.raises(engine.UserError, match="no plain ViT"):
         build_teacher(f"timm:test_resnet@{file}", (6, 6), 8, "cpu")
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+ALONE = engine.Process(0, 1, torch.device("cpu"))
+
+
+def shapes(split="train", size=24, **options):
+    return data.Shapes(split, data.eval_transform(size), **dict(dict(limit=10), **options))
+
+
+def cache(folder, teacher=None, dataset=None, flip=True, **options):
+    teacher = teacher or build_teacher("hog+pixel", (3, 3), 8, "cpu")
+    return cache_features(teacher, dataset or shapes(), folder, ALONE, flip=flip, **dict(dict(batch_size=4), **options))
+
+
+def as_batch(image):
+    return image[None].float() / 255
+
+
+def test_cached_features_are_the_teachers_for_the_image_and_for_its_mirror_image(tmp_path, capsys):
+    teacher, dataset = build_teacher("hog+pixel", (3, 3), 8, "cpu"), shapes()
+    cached = cache(tmp_path)
+    said = capsys.readouterr().out
+    assert "10 train images" in said and " GB" in said and "without random crops" in said
+    turned = {False: 0, True: 0}
+    for key in [(epoch, i) for epoch in range(3) for i in range(10)]:
+        (image, t), label = cached[key]
+        whole, same_label = dataset[key]
+        mirrored = torch.equal(image, whole.flip(-1))
+        assert (mirrored or torch.equal(image, whole)) and label == same_label and image.dtype == torch.uint8
+        expected = teacher(as_batch(image))[0]
+        assert t.shape == (9, 336) and t.dtype == torch.float16 and torch.equal(t, expected.half())
+        turned[mirrored] += 1
+        again = cached[key]
+        assert torch.equal(again[0][0], image) and torch.equal(again[0][1], t)      # a function of (seed, epoch, index)
+    assert min(turned.values()) >= 6                                                # a fair coin: 15 of 30 expected
+    first = [cached[(epoch, 0)][0][0] for epoch in range(8)]                        # one image, tossed every epoch
+    assert any(not torch.equal(image, first[0]) for image in first)
+    val = cache(tmp_path, dataset=shapes("val"), flip=False)
+    assert "crops" not in capsys.readouterr().out
+    assert val.features.shape[1] == 1 and len(val) == 10 and val.seed == 0 and val.labels is val.dataset.labels
+    assert all(torch.equal(val[(e, 3)][0][0], val.dataset[3][0]) for e in range(8))
+
+
+def test_a_second_run_opens_the_file_and_asks_the_teacher_nothing(tmp_path, tiny_vit, monkeypatch):
+    teacher = build_teacher(f"timm:test_vit@{tiny_vit()[0]}", (3, 3), 8, "cpu")
+    calls = []
+    monkeypatch.setattr(teachers.TimmTeacher, "__call__", lambda self, images, old=teachers.TimmTeacher.__call__: (
+        calls.append(len(images)), old(self, images))[1])
+    first = cache(tmp_path, teacher)
+    assert calls == [4, 4, 4, 4, 2, 2]                              # every batch and its mirror image
+    second = cache(tmp_path, teacher)
+    assert len(calls) == 6 and second.path == first.path and np.array_equal(second.features, first.features)
+    assert [p.name for p in tmp_path.iterdir()] == [os.path.basename(first.path)]               # nothing temporary left
+
+
+def test_whatever_changes_the_features_asks_for_another_file(tmp_path, tiny_vit, monkeypatch):
+    folder = tmp_path / "images"
+    for i in range(3):
+        (folder / "val").mkdir(parents=True, exist_ok=True)
+        data.VF.to_pil_image(shapes().image(i)).save(folder / "val" / f"{i}.png")
+
+    def files():
+        return data.Folder(str(folder), "val", data.eval_transform(24), labelled=False)
+
+    hog, file = build_teacher("hog", (3, 3), 8, "cpu"), tiny_vit()[0]
+    vit = build_teacher(f"timm:test_vit@{file}", (3, 3), 8, "cpu")
+    variants = dict(
+        teacher=dict(teacher=build_teacher("pixel", (3, 3), 8, "cpu")), network=dict(teacher=vit),
+        several=dict(teacher=build_teacher("hog+pixel", (3, 3), 8, "cpu")),
+        patch=dict(teacher=build_teacher("hog", (3, 3), 4, "cpu")),
+        grid=dict(teacher=build_teacher("hog", (6, 6), 8, "cpu")),
+        file=dict(teacher=build_teacher(f"timm:test_vit@{shutil.copy(file, tmp_path)}", (3, 3), 8, "cpu")),
+        size=dict(dataset=shapes(size=48)),
+        split=dict(dataset=shapes("val")), limit=dict(dataset=shapes(limit=20)), flip=dict(flip=False),
+        pictures=dict(dataset=shapes(pictures=1)), rotation=dict(dataset=shapes(max_rotation=180)),
+        folder=dict(dataset=files()), amp=dict(amp="bf16"))
+    before = dict(teacher=hog, dataset=shapes(), flip=True, amp="no")
+    names = {key: teachers.cache_name(**dict(before, **change)) for key, change in variants.items()}
+    names["same"] = teachers.cache_name(**before)
+    assert len({name.rpartition("-")[2] for name in names.values()}) == len(variants) + 1       # by their hash alone
+    # The same again is the same, the seed of the run changes nothing, and the name begins readably.
+    again = dict(before, teacher=build_teacher("hog", (3, 3), 8, "cpu"), dataset=shapes(seed=5))
+    assert teachers.cache_name(**again) == names["same"] and names["same"].startswith("hog-shapes-train-24px-")
+    assert names["several"].startswith("hog+pixel-") and names["folder"].startswith("hog-images-val-24px-")
+
+    # Other weights under the same name; a picture with another content or date; a teacher whose code has changed.
+    state = torch.load(file)
+    state["blocks.1.mlp.fc2.weight"][3, 5] += 1e-3
+    torch.save(state, file)
+    other = build_teacher(vit.name, (3, 3), 8, "cpu")
+    assert teachers.cache_name(**dict(before, teacher=other)) != names["network"]
+    os.utime(folder / "val" / "1.png", (1, 1))
+    assert teachers.cache_name(**dict(before, dataset=files())) != names["folder"]
+    monkeypatch.setattr(HogTeacher, "__call__", lambda self, images, old=HogTeacher.__call__: 1.1 * old(self, images))
+    assert teachers.cache_name(**before) != names["same"]
+
+
+def test_a_killed_build_leaves_nothing_that_counts_as_finished(tmp_path, monkeypatch):
+    def dies(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(teachers.SideBySide, "__call__", dies)
+        cache(tmp_path)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".tmp"]
+    cached = cache(tmp_path)
+    (image, t), _ = cached[0]
+    assert torch.equal(t, build_teacher("hog+pixel", (3, 3), 8, "cpu")(as_batch(image))[0].half())
+
+
+def test_a_damaged_cache_is_a_sentence_that_says_what_to_delete(tmp_path):
+    path = cache(tmp_path).path
+    whole = open(path, "rb").read()
+    np.save(tmp_path / "other.npy", np.zeros((2, 3), np.float16))
+    for damaged in (whole[:-100], whole[:20], b"", b"no array", (tmp_path / "other.npy").read_bytes()):
+        open(path, "wb").write(damaged)
+        with pytest.raises(engine.UserError, match=r"hog\+pixel-shapes.*damaged.*delete it") as error:
+            cache(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_a_wrong_folder_and_random_crops_are_refused_before_the_work_begins(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(engine.UserError, match="file: cannot write there"):
+        cache(tmp_path / "file")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
+    with pytest.raises(engine.UserError, match=r"--cache-teacher .* 10 train images x 2 x 9 patches x 336 numbers take "
+                                               r"0\.000121 GB and 1e-06 GB are free"):
+        cache(tmp_path)
+    with pytest.raises(ValueError, match="eval_transform"):
+        cache(tmp_path, dataset=data.Shapes("train", data.vqkd_transform(24), limit=10))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_features_that_float16_cannot_hold_are_refused(tmp_path, monkeypatch):
+    teacher = build_teacher("hog+pixel", (3, 3), 8, "cpu")
+    monkeypatch.setattr(teachers.SideBySide, "__call__", lambda self, images: torch.full((len(images), 9, 336), 1e5))
+    with pytest.raises(engine.UserError, match="float16 cannot hold"):
+        cache(tmp_path, teacher)
+
+
+def test_a_worker_maps_the_file_itself_and_sees_the_same(tmp_path):
+    cached = cache(tmp_path)
+    copy = pickle.loads(pickle.dumps(cached))
+    assert len(pickle.dumps(cached)) < 20_000 < cached.features.nbytes             # images and features stay out
+    for key in ((0, 1), (4, 7)):
+        assert all(torch.equal(a, b) for a, b in zip(cached[key][0], copy[key][0]))
+    (images, t), labels = next(iter(data.make_loader(copy, [[(0, 1), (0, 2)]], 0, "cpu")))
+    assert images.shape == (2, 3, 24, 24) and t.shape == (2, 9, 336) and t.dtype == torch.float16 and len(labels) == 2
+
+
+BUILD = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+import data, engine, teachers
+process = engine.init_distributed("cpu")
+teacher = teachers.build_teacher("hog+pixel", (3, 3), 8, "cpu")
+dataset = data.Shapes("train", data.eval_transform(24), limit=11)
+cached = teachers.cache_features(teacher, dataset, sys.argv[2], process, flip=True, batch_size=2)
+open(f"{sys.argv[2]}.{process.rank}", "wb").write(cached.features.tobytes())
+engine.dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(tmp_path):
+    (tmp_path / "build.py").write_text(BUILD)
+    done = stage(tmp_path / "build.py", ROOT, tmp_path / "two", processes=2)
+    assert done.stdout.count("caching the teacher's features") == 1
+    one = cache(tmp_path / "one", dataset=shapes(limit=11))
+    (two,) = (tmp_path / "two").iterdir()
+    assert two.name == os.path.basename(one.path) and two.read_bytes() == open(one.path, "rb").read()
+    assert all((tmp_path / f"two.{rank}").read_bytes() == one.features.tobytes() for rank in (0, 1))
