@@ -208,6 +208,8 @@ COLUMNS = {              # key: (title, digits)
 def read_row(row, seed):
     """-> {column: value} of a finished run from its logs, or None."""
     logs = dict(vqkd=folder(tokenizer_of(row), seed), pretrain=folder(row.name, seed), linprobe=folder(row.name, seed))
+    if row.change and "pretrain.load_tokenizer" in row.change():
+        del logs["vqkd"]                                     # no codes, so no tokenizer in its cost and columns
     found = {}
     for stage, home in logs.items():
         path = home / f"{stage}.jsonl"
@@ -217,7 +219,7 @@ def read_row(row, seed):
             return None
         seconds = found.get("seconds", 0) + (summary["time"] if stage != "linprobe" else 0)
         found |= {k: v for k, v in summary.items() if k in COLUMNS} | dict(seconds=seconds, commit=lines[0]["commit"])
-    return found | dict(cosine=100 * found["cosine"])
+    return found | (dict(cosine=100 * found["cosine"]) if "cosine" in found else {})
 
 
 def mean_and_error(values):

@@ -444,6 +444,11 @@ def draw_curves(paths, out):
             axis.plot([x["step"] for x in train if key in x], [x[key] for x in train if key in x], color=colour, lw=0.8,
                       label=path.stem if path.parent.name in ("", "results") else f"{path.parent.name}/{path.stem}")
             axis.plot([x["step"] for x in val if key in x], [x[key] for x in val if key in x], "o", color=colour, ms=4)
+            for x in train if key == "perplexity" else []:
+                if "warning" in x:                           # the step at which the run was warned of a collapse
+                    axis.axvline(x["step"], color=colour, ls="--", lw=1)
+                    axis.annotate("warned", (x["step"], 0.5), xycoords=("data", "axes fraction"), fontsize=7,
+                                  color=colour, xytext=(3, 0), textcoords="offset points")
             known = first | (val[-1] if val else {})
             for level in [k for k in levels if k in known]:  # once per panel, from the first run that has it
                 axis.axhline(known[level], color="grey", ls=":" if level == "chance" else "--", lw=1)

@@ -245,8 +245,8 @@ def collapsing(perplexity, best, codes, warned=False):
     answer stays yes until it is back over half of its best and over 25 %, so that one fall gives one warning.
 
     A collapse feeds itself: codes that nothing chooses do not move, while the encoder pulls everything to the few that
-    are left. The time to know is on the way down. For a step or two a healthy codebook dips, too, just after its k-means
-    start, but not below 28 % of its best (results/README.md).
+    are left. The time to know is on the way down. For a step or two a healthy codebook dips, too, just after its
+    k-means start, but not below 28 % of its best (results/README.md).
     """
     share, floor = (0.5, 0.25) if warned else (0.2, 0.15)
     return perplexity < max(share * best, floor * codes)
