@@ -395,7 +395,7 @@ def train(args, process):
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
-        start, health = resumed["step"], resumed["health"]
+        start, health = resumed["step"], resumed.get("health", health)
     network = torch.compile(model) if args.compile else model
     ddp = engine.distribute(network, process)
     log = engine.Log(args.out / "vqkd.jsonl", args, process, start, images=len(train_set), steps=steps)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The runs behind results/health.md: ten healthy seeds of the tiny tokenizer and three naive ones, --log-every 1 so that
+# no step goes unseen. On one core: about half an hour. Then: python results/health.py
+set -euo pipefail
+cd "$(dirname "$0")/.."
+naive="--continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --warmup-epochs 0 --lr 3e-3"
+python vqkd.py --workers 0 --log-every 1 --seed 0 --out runs/naive-0 $naive --epochs 2
+for s in 1 2; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/naive-$s $naive --steps 100; done
+for s in 0 1 2 3 4 5 6 7 8 9; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/hog-$s; done
+for s in 0 1 2; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/pixel-$s --teacher pixel; done
+python vqkd.py --workers 0 --log-every 1 --seed 0 --out runs/norestart-0 --restart-dead-codes 0
+# The codebook of a finished tokenizer grown and shrunk, then one epoch more.
+for k in 128 32; do
+    python vqkd.py --workers 0 --init runs/hog-0/vqkd.pt --codes $k --epochs 1 --lr 5e-4 --out runs/resized-$k
+done
+cp runs/naive-0/vqkd.jsonl results/naive-vqkd.jsonl
+python visualize.py runs/hog-0/vqkd.jsonl runs/naive-0/vqkd.jsonl --out results/health.png
