@@ -14,6 +14,7 @@ import os
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as VF
@@ -73,7 +74,8 @@ class InMemory(Images):
 
 
 def open_data(name, split, transform=None, *, data_dir="datasets", download=False, limit=None, seed=0, labelled=True):
-    """The data set behind --data: "shapes", "cifar10", "cifar100" or a folder; split "train" or "val".
+    """The data set behind --data: "shapes" (also "shapes:noise" and so on), "cifar10", "cifar100" or a folder; split
+    "train" or "val".
 
     ds[(epoch, index)] -> (transformed image, label), label -1 where there is none. limit keeps so many images.
     """
@@ -81,8 +83,8 @@ def open_data(name, split, transform=None, *, data_dir="datasets", download=Fals
         raise ValueError(f"split is 'train' or 'val', not {split!r}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves no image: give 1 or more")
-    if name == "shapes":
-        return Shapes(split, transform, seed, limit)
+    if name.split(":")[0] == "shapes":                       # shapes, or shapes:noise and the other SHIFTS
+        return Shapes(split, transform, seed, limit, shift=name[7:] or None)
     if name in ("cifar10", "cifar100"):
         return Cifar(name, split, transform, seed, limit, data_dir, download)
     if not os.path.isdir(name):
@@ -204,24 +206,74 @@ def draw_shapes(seed, split, index, max_rotation=15.0, size=48, change=None):
     return (image.clip(0, 1) * 255).round().astype(np.uint8), (share > 0.5).astype(np.uint8), labels, factors
 
 
+SHIFTS = ("noise", "blur", "textures", "grey", "contrast", "sketch")
+
+
+def unseen_textures(seed, split, index, size=48):
+    """A pattern (c, S, S) in [-1, 1] of a kind that TEXTURES has not: rings, zigzags, bricks or a mosaic."""
+    u, tiles = hashed(seed, split, index, 3, draws=5), 2 * hashed(seed, split, index, 4, draws=12 * 12) - 1
+    u = u[:, :, None, None]                                  # (c, 5, 1, 1)
+    kind, angle, period = 4 * u[:, 0], np.pi * u[:, 1], 7 + 4 * u[:, 2]
+    py, px = np.meshgrid(*2 * [np.arange(size, dtype=np.float32)], indexing="ij")
+    px, py = px - size * u[:, 3], py - size * u[:, 4]        # (c, S, S)   from a place of each image's own
+    x, y = np.cos(angle) * px + np.sin(angle) * py, np.cos(angle) * py - np.sin(angle) * px
+    rings = np.sin(2 * np.pi * np.hypot(px, py) / period)
+    zigzags = np.sin(2 * np.pi * (y + np.abs(x % (2 * period) - period)) / period)
+    joints = np.minimum(y % period, (x + period * (y // period % 2)) % (2 * period))         # between rows and bricks
+    tile = np.arange(size) * 12 // size
+    mosaic = tiles.reshape(-1, 12, 12)[:, tile][:, :, tile]
+    return np.select([kind < 1, kind < 2, kind < 3], [2 * rings, 2 * zigzags, 1.6 * joints - 2.2], mosaic).clip(-1, 1)
+
+
+def shift_shapes(shift, seed, split, index, max_rotation=15.0):
+    """draw_shapes seen in a way that no training image is (one of SHIFTS): class, place and size of the object stay.
+    What is drawn at random follows from (seed, split, index), so every run meets the same images."""
+    number, plain = ("train", "val").index(split), dict(texture=np.zeros(len(index)))
+    images, masks, labels, factors = draw_shapes(
+        seed, split, index, max_rotation, change=plain if shift == "textures" else None)
+    x, inside, size = torch.from_numpy(images) / 255, torch.from_numpy(masks)[:, None].float(), images.shape[-1]
+    if shift == "noise":                                     # of each channel apart, as wide as the contrast
+        x = x + 0.9 * (torch.from_numpy(hashed(seed, number, index, 3, draws=3 * size**2)).view(x.shape) - 0.5)
+    elif shift == "blur":
+        x = VF.gaussian_blur(x, [13, 13], [2.5, 2.5])
+    elif shift == "textures":                                # three times the contrast of the ones in training
+        x = x + 0.12 * (1 - inside) * torch.from_numpy(unseen_textures(seed, number, index, size)).float()[:, None]
+    elif shift == "grey":
+        x = VF.rgb_to_grayscale(x, num_output_channels=3)
+    elif shift == "contrast":
+        x = 0.5 + 0.2 * (x - 0.5)
+    elif shift == "sketch":                                  # a pencil line where the mask begins, on white paper
+        line = F.max_pool2d(inside, 3, 1, 1) + F.max_pool2d(-inside, 3, 1, 1)                # 1 on the edge, else 0
+        x = VF.gaussian_blur(0.95 - 0.75 * line, [3, 3], [0.5, 0.5]).expand_as(x)
+    else:
+        raise UserError(f"shapes have no shift {shift!r}: there are shapes:{', shapes:'.join(SHIFTS)}")
+    return (x.clip(0, 1) * 255).round().byte().numpy(), masks, labels, factors
+
+
 class Shapes(InMemory):
     """Ten shapes on regular backgrounds: no files, no download, and every factor behind an image is known. Drawn at
-    start-up in seconds, 83 MB. max_rotation=180 is the variant for asking what a code makes of rotation."""
+    start-up in seconds, 83 MB. max_rotation=180 is the variant for asking what a code makes of rotation; shift, one of
+    SHIFTS, shows the same objects in another way, for asking what a classifier hangs on."""
 
     SIZES, native_size = {"train": 12_000, "val": 2_000}, 48
 
-    def __init__(self, split, transform=None, seed=0, limit=None, *, count=None, max_rotation=15.0, pictures=0):
+    def __init__(self, split, transform=None, seed=0, limit=None, *, count=None, max_rotation=15.0, pictures=0,
+                 shift=None):
         # --seed drives crops, masks and weights. The pictures stay as they are, like any other data set's; another
         # number for `pictures` draws others.
-        super().__init__("shapes", split, transform, seed)
+        super().__init__(f"shapes:{shift}" if shift else "shapes", split, transform, seed)
         self.count, self.max_rotation, self.pictures = count or self.SIZES[split], max_rotation, pictures
+        self.shift = shift
         self.count = min(limit or self.count, self.count)
         self.classes = list(SHAPES)
         self.labels = torch.from_numpy(self.arrays["labels"])                # (n,)
 
     def load(self):
-        parts = [draw_shapes(self.pictures, self.split, np.arange(i, min(i + 250, self.count)), self.max_rotation)
-                 for i in range(0, self.count, 250)]         # 250 at a time stay in the processor's cache
+        parts = []
+        for i in range(0, self.count, 250):                  # 250 at a time stay in the processor's cache
+            index = np.arange(i, min(i + 250, self.count))
+            which = self.pictures, self.split, index, self.max_rotation
+            parts.append(shift_shapes(self.shift, *which) if self.shift else draw_shapes(*which))
         images, masks, labels, factors = zip(*parts)
         factors = {name: np.concatenate([part[name] for part in factors]) for name in factors[0]}
         return dict(images=np.concatenate(images), masks=np.concatenate(masks), labels=np.concatenate(labels),
@@ -465,6 +517,217 @@ class EvalTransform:
 
 
 eval_transform = EvalTransform
+
+
+# ------------------------------------------------------------------------------------------------------ segmentation
+IGNORE = 255             # a pixel with this label counts neither in a loss nor in a score
+
+
+def fit_size(height, width, long, short):
+    """The largest size of this aspect whose longer side is at most `long` and whose shorter side at most `short`."""
+    scale = min(long / max(height, width), short / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def saturate(x, factor):
+    """Multiply the saturation (value - least) / value of HSV, value being the largest channel, by `factor`, to 1 at
+    most, hue and value unchanged: every channel's distance from the value grows by the factor.  x (3, H, W) float"""
+    value, least = x.amax(dim=0, keepdim=True), x.amin(dim=0, keepdim=True)              # (1, H, W)
+    return value - (value / (value - least).clamp(min=1e-6)).clamp(max=factor) * (value - x)
+
+
+def distort(image):
+    """Photometric distortion of an image (3, H, W) uint8; each of the four with probability 1/2, in values of 0 to 255:
+    brightness + U(-32, 32); contrast x U(0.5, 1.5), here or, by a coin, last; saturation x U(0.5, 1.5); hue + up to 18
+    of 180 steps either way. Recipe, not in the paper."""
+    def coin():
+        return torch.rand(()).item() < 0.5
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(()).item()
+
+    def contrast(x):
+        return (x * uniform(0.5, 1.5)).clamp(0, 255) if coin() else x
+
+    x = image.float()                    # Differs from the recipe: it rounds to bytes after each of the four, we once
+    if coin():
+        x = (x + uniform(-32, 32)).clamp(0, 255)
+    contrast_first = coin()
+    if contrast_first:
+        x = contrast(x)
+    if coin():
+        x = saturate(x, uniform(0.5, 1.5))
+    if coin():
+        x = 255 * VF.adjust_hue(x / 255, int(torch.randint(-18, 18, ())) / 180)
+    if not contrast_first:
+        x = contrast(x)
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+class SegmentTransform:
+    """Stage 3c, image and label map alike: resize to fit (4 size x r, size x r) with r ~ U(1/jitter, jitter) -> crop of
+    size x size -> flip -> photometric distortion of the image -> pad on the right and at the bottom.
+
+    Base: size 512, so (2048 r, 512 r), and jitter 2. A crop that shows one class only, or one class on `cat_max` of
+    its labelled pixels or more, is drawn again, ten times at most. Recipe, not in the paper.
+    Differs from the recipe, which pads with 0 after normalising, that is, with the mean colour: we pad bytes with the
+    mean colour's nearest byte (0.01 at most after normalising), so that images travel as bytes."""
+
+    def __init__(self, size, jitter=2.0, cat_max=0.75, flip=0.5, distortion=True):
+        self.size, self.jitter, self.cat_max, self.flip, self.distortion = size, jitter, cat_max, flip, distortion
+
+    def __call__(self, image, labels):
+        """image (3, H, W) uint8, labels (H, W) uint8 -> the same of size x size"""
+        r = 1 / self.jitter + (self.jitter - 1 / self.jitter) * torch.rand(()).item()
+        size = fit_size(*labels.shape, 4 * self.size * r, self.size * r)
+        if size != tuple(labels.shape):
+            # Bilinear without antialiasing, nearest by rounding down: as OpenCV's, which the authors use.
+            image = VF.resize(image, size, InterpolationMode.BILINEAR, antialias=False)
+            labels = VF.resize(labels[None], size, InterpolationMode.NEAREST)[0]
+        top, left = self.draw(labels)
+        image = image[:, top:top + self.size, left:left + self.size]
+        labels = labels[top:top + self.size, left:left + self.size]
+        if torch.rand(()).item() < self.flip:
+            image, labels = image.flip(-1), labels.flip(-1)
+        return self.pad(distort(image) if self.distortion else image, labels)
+
+    def draw(self, labels):
+        """Corner (top, left) of a crop that fulfils cat_max, or of the tenth after the first."""
+        room = [max(side - self.size, 0) for side in labels.shape]
+        for tries in range(11):
+            top, left = (int(torch.randint(r + 1, ())) for r in room)
+            crop = labels[top:top + self.size, left:left + self.size]
+            if tries == 10 or not any(room) or self.varied(crop):        # the tenth is taken unseen
+                return top, left
+
+    def varied(self, labels):
+        """At least two classes, and none of them on cat_max of the labelled pixels or more."""
+        counts = labels[labels != IGNORE].bincount().double()
+        return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < self.cat_max)
+
+    def pad(self, image, labels):
+        height, width = labels.shape
+        if (height, width) == (self.size, self.size):
+            return image.contiguous(), labels.contiguous()
+        mean = (255 * torch.tensor(IMAGENET_MEAN)).round().to(torch.uint8).view(3, 1, 1)
+        canvas = mean.repeat(1, self.size, self.size)
+        ground = torch.full((self.size, self.size), IGNORE, dtype=torch.uint8)
+        canvas[:, :height, :width], ground[:height, :width] = image, labels
+        return canvas, ground
+
+
+segment_transform = SegmentTransform
+
+
+class Scenes(Images):
+    """Images with a class for every pixel: ds[(epoch, index)] -> (image (3, H, W), label map (H, W)), both uint8. The
+    transform, which has to move both alike, gets both. A subclass says what pair(index) is."""
+
+    def __getitem__(self, key):
+        epoch, index = key if isinstance(key, tuple) else (0, int(key))
+        image, labels = self.pair(index)
+        if self.transform is not None:
+            engine.seed_all(self.seed, epoch, index)
+            image, labels = self.transform(image, labels)
+        return image, labels
+
+
+class ShapeScenes(Scenes):
+    """The built-in shapes with their masks: label 0 is the background, which counts as a class, 1 to 10 the shapes."""
+
+    native_size, background = 48, True
+
+    def __init__(self, split, transform=None, seed=0, limit=None):
+        super().__init__("shapes", split, transform, seed)
+        self.shapes = Shapes(split, None, seed, limit)
+        self.classes = ["background", *SHAPES]
+
+    def pair(self, index):
+        return self.shapes.image(index), self.shapes.masks(index) * (int(self.shapes.labels[index]) + 1)
+
+    def __len__(self):
+        return len(self.shapes)
+
+
+class SceneFolder(Scenes):
+    """ADE20K's layout: images/training/NAME.jpg with annotations/training/NAME.png, and validation alike.
+
+    An annotation is a picture with one channel of class numbers: 1 to `classes`, 0 and 255 for pixels without a label.
+    They become 0 to classes - 1 and IGNORE. `limit` images are spread evenly over the sorted names. Names of classes
+    come from ADE20K's objectInfo150.txt where it lies beside the two folders."""
+
+    FOLDERS, background = {"train": "training", "val": "validation"}, False
+
+    def __init__(self, root, split, classes, transform=None, seed=0, limit=None):
+        super().__init__(str(root), split, transform, seed)
+        self.classes = class_names(root, classes)
+        images, maps = (os.path.join(root, kind, self.FOLDERS[split]) for kind in ("images", "annotations"))
+        paths = find_images(images)
+        if not paths:
+            raise UserError(f"{images} holds no image: label maps want ADE20K's layout, images/{{training,validation}}/"
+                            f"NAME.jpg and annotations/{{training,validation}}/NAME.png")
+        kept = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths))).round().astype(int)
+        paths = [paths[i] for i in kept]
+        targets = [os.path.join(maps, os.path.splitext(os.path.relpath(path, images))[0] + ".png") for path in paths]
+        for path, target in zip(paths, targets):
+            if not os.path.isfile(target):
+                raise UserError(f"there is no annotation {target} for {path}: add it, or remove the image")
+        self.paths = np.array([os.fsencode(path) for path in paths])     # arrays of bytes, as in Folder
+        self.targets = np.array([os.fsencode(target) for target in targets])
+
+    def pair(self, index):
+        path, target = os.fsdecode(self.paths[index]), os.fsdecode(self.targets[index])
+        image, labels = read_image(path), read_labels(target, len(self.classes))
+        if image.shape[1:] != labels.shape:
+            raise UserError(f"{target} is {labels.shape[1]}x{labels.shape[0]}, its image {path} "
+                            f"{image.shape[2]}x{image.shape[1]}: they must have the same size")
+        return image, labels
+
+    def __len__(self):
+        return len(self.paths)
+
+
+def class_names(root, count):
+    """The names in ADE20K's objectInfo150.txt (first of the synonyms), if it has `count` of them, else numbers."""
+    try:
+        with open(os.path.join(root, "objectInfo150.txt"), encoding="utf-8") as f:
+            names = [line.rstrip("\n").split("\t")[-1].split(",")[0].strip() for line in f][1:]      # first, the header
+    except OSError:
+        names = []
+    return names if len(names) == count else [f"class {i + 1}" for i in range(count)]
+
+
+def read_labels(path, classes):
+    """An annotation -> labels (H, W) uint8. ADE20K's rule: 0 becomes IGNORE, any other number one less, 255 stays."""
+    from PIL import Image
+    try:
+        with Image.open(path) as picture:
+            mode, numbers = picture.mode, np.array(picture)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the annotation {path} ({reason}): make or fetch it anew") from error
+    if mode not in ("L", "P", "I", "I;16"):
+        raise UserError(f"{path} has pixels of kind {mode}: an annotation has one channel of class numbers")
+    beyond = numbers[(numbers > classes) & (numbers != IGNORE)]
+    if beyond.size:
+        raise UserError(f"{path} holds label {beyond.max()}, but there are {classes} classes: give --classes N")
+    labels = np.where((numbers == 0) | (numbers == IGNORE), IGNORE, numbers.astype(np.int64) - 1)
+    return torch.from_numpy(labels.astype(np.uint8))
+
+
+def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0):
+    """The segmentation data set behind --data: "shapes", or a folder in ADE20K's layout; split "train" or "val"."""
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit} leaves no image: give 1 or more")
+    if name == "shapes":
+        if classes not in (None, 1 + len(SHAPES)):
+            raise UserError(f"--classes {classes}: shapes have {1 + len(SHAPES)} with the background; leave it out")
+        return ShapeScenes(split, transform, seed, limit)
+    if name in ("cifar10", "cifar100") or not os.path.isdir(name):
+        reason = "these images have no label maps" if name in ("cifar10", "cifar100") else "there is no such folder"
+        raise UserError(f"--data {name}: {reason}; give shapes or a folder with images/training, images/validation, "
+                        f"annotations/training, annotations/validation (ADE20K: ADEChallengeData2016.zip)")
+    return SceneFolder(name, split, classes or 150, transform, seed, limit)
 
 
 # ---------------------------------------------------------------------------------------------- who gets which image

@@ -319,6 +319,8 @@ def start_or_resume(stage, args, process):
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
             continue
+        if "source_hash" not in state:
+            raise UserError(f"{path} was not made by this command (a converted file?): choose another --out, or --fresh")
         if args.amp_auto:        # measured once per run: the machine may be busier now
             args.amp = state["args"]["amp"]
         now = describe_run(stage, args)

@@ -6,18 +6,24 @@ Pre-training left features of growing abstraction: early blocks are nearly right
 So each block learns at its own rate, smaller the earlier it is (layer decay). The images are made hard enough
 (RandAugment, erasing, MixUp, CutMix) that a network which could memorise them does not.
 
-Read in this order: layer_of, mix, soft_cross_entropy, hits, new_head, build, recipe_for, train.
+Read in this order: layer_of, mix, soft_cross_entropy, hits, restrict, new_head, build, recipe_for, train, robustness.
 
     python finetune.py --labels-per-class 100                               # tiny on shapes: from runs/tiny/pretrain.pt
     python finetune.py --labels-per-class 100 --init scratch --out runs/scratch      # the same without pre-training
+    python finetune.py --eval --data shapes shapes:noise shapes:sketch       # runs/tiny/finetune.pt on unlike images
     torchrun --nproc_per_node=8 finetune.py --model base --data /imagenet    # the paper's run
-    python finetune.py --eval                                                # accuracy of runs/tiny/finetune.pt
+
+The paper's best figures come by way of ImageNet-21k: a classifier of its 21,841 classes first, then of the 1,000.
+
+    torchrun --nproc_per_node=8 finetune.py --model base --intermediate --data /imagenet21k      # -> finetune_21k.pt
+    torchrun --nproc_per_node=8 finetune.py --model base --init 21k --data /imagenet             # -> finetune.pt
 """
 # Shapes used in this file:  B images, T = 1 + N tokens, D width, C classes
 
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -48,6 +54,8 @@ CHANGES = {              # what another start changes in the row above
     ("large", "1600 epochs"): dict(lr=2e-4),
     ("large", "21k"): dict(lr=7e-5, epochs=20, drop_path=0.25, mixup=0.0, cutmix=0.0),
 }
+TO_21K = dict(           # --intermediate, from pre-training to ImageNet-21k, which has no validation images
+    lr=6e-4, batch_size=4096, epochs=90, warmup_epochs=20, layer_decay=0.75, evaluations=0, data="datasets/imagenet21k")
 HEAD_SCALE = 0.001       # Recipe, not in the paper: a new head starts a thousandth as large, so all classes start alike
 
 
@@ -96,6 +104,14 @@ def hits(logits, labels):
     return best[:, 0].sum(), best.any(dim=-1).sum()
 
 
+def restrict(logits, columns):
+    """Logits (B, C) of which only some columns can win: ImageNet-A and -R have 200 of the 1,000 classes, and papers
+    report the accuracy among those. -> (B, C), all other columns -inf"""
+    kept = torch.full_like(logits, -math.inf)
+    kept[:, columns] = logits[:, columns]
+    return kept
+
+
 def choose_labels(labels, per_class, seed=0):
     """Which images may show their labels: `per_class` of every class, by (labels, seed) alone. -> sorted indices"""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -135,21 +151,29 @@ def build(args, classes, names=None):
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
-def recipe_for(preset, pretrain_epochs=300, init="pretrain"):
-    """One row of the recipe: by architecture, length of pre-training, and whether it comes by way of ImageNet-21k."""
+def recipe_for(preset, pretrain_epochs=300, init="pretrain", intermediate=False):
+    """One row of the recipe: by architecture, length of pre-training, and whether it goes to or comes from 21k."""
     row = "21k" if init == "21k" else "1600 epochs" if (pretrain_epochs or 300) >= 1600 else None
+    if intermediate:                     # drop path stays as above: 0.1 for base, 0.2 for large
+        return RECIPES[preset] | (dict(evaluations=0) if preset == "tiny" else TO_21K)
     # From scratch there is nothing in the early blocks to keep, so all layers learn at one rate. Ours.
     return RECIPES[preset] | (dict(layer_decay=1.0) if init == "scratch" else CHANGES.get((preset, row), {}))
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                conflict_handler="resolve")  # for --data, which here may take several
     engine.add_run_args(p)
+    p.add_argument("--data", nargs="+", help="shapes, cifar10, cifar100 or a folder; base: datasets/imagenet. With "
+                   "--eval one or more, also shapes:noise (blur, textures, grey, contrast, sketch) and DIR/CLASS/*")
     p.add_argument("--init", default="pretrain", choices=["pretrain", "21k", "scratch"],
-                   help="start from OUT/pretrain.pt, a classifier of many classes (--checkpoint), or random weights")
+                   help="start from OUT/pretrain.pt, a classifier (OUT/finetune_21k.pt), or random weights")
+    p.add_argument("--intermediate", action="store_true", help="train the classifier that --init 21k starts from")
     p.add_argument("--checkpoint", type=Path, help="start from this file, ours or released; --eval: the classifier")
+    p.add_argument("--classes", type=Path, help="file of class names in the order of the logits, one a line or a JSON "
+                   "list; default: those in the checkpoint (--eval; released ones have none) or the data's")
     p.add_argument("--eval", action="store_true", help="only measure OUT/finetune.pt, or --checkpoint, on val images")
-    p.add_argument("--evaluations", type=int, help="evaluate after an epoch, at most so often in a run; base: 100")
+    p.add_argument("--evaluations", type=int, help="evaluate after an epoch, at most so often; 0: never; base: 100")
     p.add_argument("--labels-per-class", type=int, help="use only so many labelled training images of each class")
     p.add_argument("--pool", default="mean", choices=["mean", "cls"],
                    help="the head reads the patches' mean through a fresh norm, or [CLS] through the pre-trained one")
@@ -170,8 +194,14 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.model not in RECIPES:
         engine.with_recipe(args, RECIPES)                    # says which there are
+    if args.data and not args.eval:
+        if len(args.data) > 1:
+            raise UserError(f"--data {' '.join(args.data)}: training reads one data set; several are for --eval")
+        args.data, = args.data
+    if args.intermediate and args.init != "pretrain":
+        raise UserError(f"--intermediate starts from pre-training: leave out --init {args.init}")
     facts = look_at_checkpoint(args)
-    row = recipe_for(args.model, facts["epochs"], args.init)
+    row = recipe_for(args.model, facts["epochs"], args.init, args.intermediate)
     if args.epochs is not None:
         row.pop("steps", None)
     args = engine.with_recipe(args, {args.model: row})
@@ -182,7 +212,7 @@ def parse_args(argv=None):
     engine.check_ranges(args, [
         ("lr", 0, 10), ("min_lr", 0, 10), ("layer_decay", 1e-3, 1), ("weight_decay", 0, 10), ("drop_path", 0, 0.99),
         ("warmup_epochs", 0, 10**6), ("crop_scale", 1e-3, 1), ("erasing", 0, 1), ("mixup", 0, 100), ("cutmix", 0, 100),
-        ("smoothing", 0, 0.99), ("evaluations", 1, 10**6), ("labels_per_class", 1, 10**9)])
+        ("smoothing", 0, 0.99), ("evaluations", 0, 10**6), ("labels_per_class", 1, 10**9)])
     return args
 
 
@@ -195,11 +225,11 @@ def look_at_checkpoint(args):
             raise UserError(f"--init scratch starts from random weights: leave out --checkpoint {args.checkpoint}")
         return facts
     remedy = f"make it with python pretrain.py --model {args.model} --out {out}, or give --checkpoint FILE"
-    if args.eval:
-        args.checkpoint = args.checkpoint or out / "finetune.pt"
-        remedy = f"make it with python finetune.py --model {args.model} --out {out}, or give --checkpoint FILE"
-    elif args.init == "21k" and args.checkpoint is None:
-        raise UserError("--init 21k needs --checkpoint FILE, a classifier trained on ImageNet-21k, ours or released")
+    if args.eval or args.init == "21k":
+        to_21k = args.intermediate or not args.eval
+        args.checkpoint = args.checkpoint or out / f"finetune{'_21k' if to_21k else ''}.pt"
+        remedy = (f"make it with python finetune.py --model {args.model}{' --intermediate' if to_21k else ''} "
+                  f"--out {out}, or give --checkpoint FILE, ours or released")
     args.checkpoint = args.checkpoint or out / "pretrain.pt"
     if args.dry_run and not args.checkpoint.is_file():
         return facts
@@ -237,19 +267,62 @@ class Few(Dataset):
         return self.dataset[epoch, self.indices[index]]
 
 
+def read_classes(path):
+    """A file of class names, one a line or a JSON list, in the order of the logits. -> list"""
+    try:
+        text = path.read_text()
+        names = [str(name).strip() for name in (json.loads(text) if text.lstrip()[:1] == "[" else text.splitlines())]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--classes {path} cannot be read ({error}): give one name a line, or a JSON list") from error
+    if len(set(names)) < len(names) or "" in names:
+        raise UserError(f"--classes {path} has a name twice or an empty line: give every logit one name of its own")
+    return names
+
+
+def columns_of(dataset, names, source):
+    """Which logit each class of a data set is, by name alone. -> (classes of the data set,) long"""
+    number = {name: i for i, name in enumerate(names)}
+    if unknown := [name for name in dataset.classes if name not in number]:
+        some = ", ".join(unknown[:5] + ["..."] * (len(unknown) > 5))
+        raise UserError(f"{dataset.name} has {len(unknown)} classes that {source} does not know ({some}): take them "
+                        f"away, or name the logits with --classes FILE")
+    return torch.tensor([number[name] for name in dataset.classes])
+
+
+def open_set(name, split, transform, args, alone=False):
+    """Labelled images. `alone`: a folder need not hold the other split, and DIR/CLASS/* will do (ImageNet-A, 21k)."""
+    if not alone or name in ("shapes", "cifar10", "cifar100") or not os.path.isdir(name):
+        return data.open_data(name, split, transform, data_dir=args.data_dir, download=args.download, limit=args.limit,
+                              seed=args.seed)
+    root = os.path.join(name, split) if os.path.isdir(os.path.join(name, split)) else name
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    dataset = data.Folder(root, None, transform, args.seed, args.limit, labelled=False)
+    number, first = {name: i for i, name in enumerate(classes)}, len(os.path.join(root, ""))
+    folders = [path[first:].split(os.sep)[0] for path in dataset.names]
+    if stray := set(folders) - set(classes):
+        raise UserError(f"{root} has {'images outside its' if classes else 'no'} class folders, which give the labels "
+                        f"({min(stray)}): put them into {root}/CLASS/*")
+    dataset.labels, dataset.classes = torch.tensor([number[folder] for folder in folders]), classes
+    return dataset
+
+
 def open_sets(args):
-    """-> (training images, held-out images), with labels."""
+    """-> (training images, held-out images or None where nothing is to be evaluated), with labels."""
     try:
         augment = data.finetune_transform(args.image_size, scale=(args.crop_scale, 1.0), erasing=args.erasing,
                                           randaugment=None if args.randaugment in ("none", "") else args.randaugment)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--randaugment {args.randaugment} is not understood by timm: give rand-m9-mstd0.5-inc1, say, "
                         f"or none") from error
-    options = dict(data_dir=args.data_dir, limit=args.limit, seed=args.seed)
-    train_set = data.open_data(args.data, "train", augment, download=args.download, **options)
+    train_set, val_set = open_set(args.data, "train", augment, args, alone=not args.evaluations), None
+    if args.evaluations:
+        val_set = open_set(args.data, "val", data.eval_transform(args.image_size), args)
+    for dataset in filter(None, (train_set, val_set) if args.classes else ()):
+        names = read_classes(args.classes)
+        dataset.labels, dataset.classes = columns_of(dataset, names, args.classes)[dataset.labels], names
     if args.labels_per_class:
         train_set = Few(train_set, choose_labels(train_set.labels, args.labels_per_class, args.seed))
-    return train_set, data.open_data(args.data, "val", data.eval_transform(args.image_size), **options)
+    return train_set, val_set
 
 
 def describe(args, report):
@@ -261,25 +334,29 @@ def describe(args, report):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, args, process):
-    """Cross-entropy (no smoothing), top-1 and top-5 in percent. Every image counts once, over all processes."""
+def evaluate(model, dataset, args, process, columns=None):
+    """Cross-entropy (no smoothing), top-1 and top-5 in percent, with `columns` also those among these logits only
+    (restricted_*). Every image counts once, over all processes."""
     model.eval()
-    totals = torch.zeros(4, dtype=torch.double, device=process.device)
+    totals = torch.zeros(6, dtype=torch.double, device=process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
-    workers = 0 if args.data == "shapes" else args.workers   # shapes need no decoding
+    workers = 0 if isinstance(dataset, data.Shapes) else args.workers            # shapes need no decoding
     for images, labels in data.make_loader(dataset, batches, workers, process.device):
         images, labels = engine.to_float(images, process.device), labels.to(process.device)
         with engine.autocast(process.device, args.amp):
             logits = model(imagenet_normalize(images))
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        totals += torch.stack([loss, *hits(logits, labels), torch.tensor(len(labels), device=process.device)]).double()
+        counts = F.cross_entropy(logits.float(), labels, reduction="sum"), labels.new_tensor(len(labels))
+        few = logits if columns is None else restrict(logits, columns)
+        totals += torch.stack([*counts, *hits(logits, labels), *hits(few, labels)]).double()
     model.train()
-    loss, first, fifth, n = engine.all_reduce_sum(totals).tolist()
-    return dict(loss=loss / n, top1=100 * first / n, top5=100 * fifth / n, images=round(n))
+    loss, n, *correct = engine.all_reduce_sum(totals).tolist()
+    names = ("top1", "top5") + (() if columns is None else ("restricted_top1", "restricted_top5"))
+    return dict(loss=loss / n, **{name: 100 * k / n for name, k in zip(names, correct)}, images=round(n))
 
 
 def train(args, process):
-    resumed = engine.start_or_resume("finetune", args, process)
+    stage = stage_of(args)
+    resumed = engine.start_or_resume(stage, args, process)
     train_set, val_set = open_sets(args)
     classes = len(train_set.classes)
     steps, warmup, per_epoch = engine.resolve_steps(args, len(train_set))
@@ -294,14 +371,14 @@ def train(args, process):
     groups = engine.param_groups(model.named_parameters(), args.weight_decay, depth=model.depth,
                                  layer_id=lambda name: layer_of(name, model.depth), layer_decay=args.layer_decay)
     optimizer = engine.adamw(groups, (0.9, 0.999), process.device)
-    start, best = 0, dict(best_top1=-1.0, best_epoch=0.0)
+    start, best, result = 0, {}, {}
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
         start, best = resumed["step"], resumed["best"]
     network = torch.compile(model) if args.compile else model
     ddp = engine.distribute(network, process)
-    log = engine.Log(args.out / "finetune.jsonl", args, process, start, images=len(train_set), steps=steps,
+    log = engine.Log(args.out / f"{stage}.jsonl", args, process, start, images=len(train_set), steps=steps,
                      chance=math.log(classes))
     if process.rank == 0:
         print(f"{count_parameters(model) / 1e6:.2f} M parameters from {describe(args, report)}\n"
@@ -310,9 +387,9 @@ def train(args, process):
     batches = iter(data.make_loader(train_set, data.train_batches(
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
-    eval_every = max(1, math.ceil(steps / per_epoch / args.evaluations))         # epochs
+    eval_every = max(1, math.ceil(steps / per_epoch / max(args.evaluations, 1)))         # epochs
     clock, clock_step = time.time(), start
-    for step in engine.progress(start, steps, process, "finetune"):
+    for step in engine.progress(start, steps, process, stage):
         # 1. Schedules and all randomness are functions of the step, so resuming needs the step and no generator state.
         engine.set_lr(optimizer, engine.cosine_schedule(step, args.lr, args.min_lr, steps, warmup))
         for k in range(accumulation):
@@ -342,10 +419,10 @@ def train(args, process):
                 lr=max(group["lr"] for group in optimizer.param_groups))
 
         # 5. Now and then every held-out image, once. Papers report the best epoch; the file keeps the last weights.
-        if (step + 1) % (eval_every * per_epoch) == 0 or last:
+        if val_set is not None and ((step + 1) % (eval_every * per_epoch) == 0 or last):
             begun, result = time.time(), evaluate(model, val_set, args, process)
             clock += time.time() - begun                     # images_per_s is about training
-            if result["top1"] > best["best_top1"]:
+            if result["top1"] > best.get("best_top1", -1):
                 best = dict(best_top1=result["top1"], best_epoch=(step + 1) / per_epoch)
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:
@@ -353,38 +430,60 @@ def train(args, process):
         if not last and (step + 1) % args.save_every == 0:
             engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
             if process.rank == 0:
-                engine.save_resume("finetune", args, contents(model, args, train_set.classes) | dict(
+                engine.save_resume(stage, args, contents(model, args, train_set.classes) | dict(
                     optimizer=optimizer.state_dict(), step=step + 1, best=best))
 
     result |= best
     log(summary=1, step=steps, init=args.init, **result)
     if process.rank == 0:
-        engine.finish("finetune", args, contents(model, args, train_set.classes) | dict(step=steps, result=result))
+        engine.finish(stage, args, contents(model, args, train_set.classes) | dict(step=steps, result=result))
         print(json.dumps({"summary": 1, "init": args.init, **{k: round(v, 4) for k, v in result.items()}}))
     return result
 
 
-def evaluate_file(args, process):
-    """--eval: the classifier in a file, on the held-out images of --data. Its classes must be those of the data."""
+def robustness(args, process):
+    """--eval: the classifier in a file on one data set or several, whose classes it must know by name. Where they are
+    only some of its own, the accuracy among those (restricted, as papers report ImageNet-A and -R) stands beside."""
     model, checkpoint, _ = weights.load_backbone(
         args.checkpoint, pool=None, num_classes=None, image_size=args.image_size)
-    dataset = data.open_data(args.data, "val", data.eval_transform(args.image_size), data_dir=args.data_dir,
-                             download=args.download, limit=args.limit, seed=args.seed)
-    known = checkpoint.get("classes")
-    if (known and known != dataset.classes) or model.num_classes != len(dataset.classes):
-        raise UserError(f"{args.checkpoint} knows {model.num_classes} classes, {args.data} has "
-                        f"{len(dataset.classes)}{', of other names' if known else ''}: give the data of its training")
-    result = evaluate(model.to(process.device), dataset, args, process)
-    engine.Log(args.out / "finetune_eval.jsonl", args, process)(summary=1, **result)
-    if process.rank == 0:
-        facts = {k: round(v, 4) for k, v in result.items()}
-        print(json.dumps({"summary": 1, "checkpoint": str(args.checkpoint), **facts}))
-    return result
+    names, source = checkpoint.get("classes"), args.checkpoint
+    if args.classes:
+        names, source = read_classes(args.classes), args.classes
+    if names and len(names) != model.num_classes:
+        raise UserError(f"{source} names {len(names)} classes, {args.checkpoint} has {model.num_classes} logits: "
+                        f"give one name for each with --classes FILE")
+    sets = []
+    for name in [args.data] if isinstance(args.data, str) else args.data:        # all, before the first is measured
+        dataset = open_set(name, "val", data.eval_transform(args.image_size), args, alone=True)
+        if not names and len(dataset.classes) != model.num_classes:
+            raise UserError(f"{args.checkpoint} knows {model.num_classes} classes, {name} has {len(dataset.classes)}: "
+                            f"give the data of its training, or the names of its logits with --classes FILE")
+        columns = columns_of(dataset, names or dataset.classes, source)
+        dataset.labels = columns[dataset.labels]
+        sets.append((name, dataset, columns))
+    log, model, results = engine.Log(args.out / "finetune_eval.jsonl", args, process), model.to(process.device), {}
+    say, width = print if process.rank == 0 else lambda text: None, max(len(name) for name, _, _ in sets)
+    say(f"{'data':{width}}   images  classes    top-1    top-5    among these classes: top-1    top-5")
+    for name, dataset, columns in sets:
+        results[name] = r = evaluate(model, dataset, args, process, columns.to(process.device))
+        log(data=name, classes=len(columns), **r)
+        say(f"{name:{width}} {r['images']:8} {len(columns):8} {r['top1']:8.2f} {r['top5']:8.2f} "
+            f"{r['restricted_top1']:29.2f} {r['restricted_top5']:8.2f}")
+    summary = {k: round(v, 6) for k, v in r.items()} if len(sets) == 1 else dict(
+        restricted_top1={name: round(result["restricted_top1"], 6) for name, result in results.items()})
+    log(summary=1, checkpoint=str(args.checkpoint), **summary)
+    say(json.dumps({"summary": 1, "checkpoint": str(args.checkpoint), **summary}))
+    return r if len(sets) == 1 else results
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
+def stage_of(args):
+    """How the files of a run are called: the classifier of ImageNet-21k is a step on the way, and stands beside."""
+    return "finetune_21k" if args.intermediate else "finetune"
+
+
 def contents(model, args, classes):
-    return engine.describe_run("finetune", args) | dict(
+    return engine.describe_run(stage_of(args), args) | dict(
         model=model.state_dict(), classes=list(classes), epochs=args.epochs, arch=dict(
             image_size=args.image_size, patch_size=args.patch_size, width=model.width, depth=model.depth,
             heads=model.heads, positions=model.positions, layer_scale=model.layer_scale, pool=model.pool,
@@ -395,7 +494,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         preset = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
-        model = ViT(**preset, pool=args.pool, num_classes=10 if args.model == "tiny" else 1000)
+        classes = 10 if args.model == "tiny" else 21_841 if args.intermediate else 1000
+        model = ViT(**preset, pool=args.pool, num_classes=classes)
         print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters with {model.num_classes} classes; {model.num_patches} "
               f"patches; {args.batch_size} images per update")
@@ -403,7 +503,7 @@ def main(argv=None):
     process = engine.init_distributed(args.device)
     args.amp = engine.resolve_amp(args.amp, process.device)
     args.micro_batch = args.micro_batch or args.batch_size
-    return evaluate_file(args, process) if args.eval else train(args, process)
+    return robustness(args, process) if args.eval else train(args, process)
 
 
 if __name__ == "__main__":

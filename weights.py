@@ -1,17 +1,24 @@
-"""Reading weights: our checkpoints and the released ones become a backbone, or one sentence says why not.
+"""Weights in and out: our checkpoints, the released ones and timm's, recognised by their names, loaded and converted.
 
     file --names, shapes--> what it is --expand, resize--> a ViT with its weights, and a report of every name
+                                       --check every name--> a file for ours | the released code | timm
 
-A checkpoint is recognised by what is in it. Fine-tuning copies the one relative-position table of pre-training into
-every block, and another image size means another grid of patches, so tables or positions are resized. Names that are
-left over, or find nothing in the file, are an error unless EXPECTED lists them as thrown away or begun afresh.
+Fine-tuning copies the one relative-position table of pre-training into every block, and another image size means
+another grid of patches, so tables or positions are resized. Names that are left over, or find nothing in the file, are
+an error unless EXPECTED lists them as thrown away or begun afresh.
 
-Read in this order: load_backbone, read_architecture, load_state, resize_relative_table, resize_pos_embed.
+Read in this order: load_backbone, read_architecture, load_state, resize_relative_table; then examine, convert.
+
+    python weights.py --check FILE                       # what it is, how large, which commands take it
+    python weights.py IN OUT --to ours                   # or released, timm (OUT may end in .safetensors)
+    python weights.py IN OUT --to timm --image-size 384  # position tables resized as the released code does it
 """
 # Shapes used in this file:  gh x gw = N patches, D width, H heads; a table has (2gh - 1)(2gw - 1) + 3 rows
 
+import argparse
 import collections
 import math
+import os
 import re
 from pathlib import Path
 
@@ -21,11 +28,14 @@ import torch.nn.functional as F
 
 import engine
 from engine import UserError
-from model import IMAGENET_MEAN, IMAGENET_STD, ViT
+from model import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ViT, relative_position_index
 
 # What was loaded, what stays as initialised, what the file holds beyond the model: names, as the model has them.
 Report = collections.namedtuple("Report", "loaded missing unexpected")
 
+TABLE, INDEX = "relative_position_bias_table", "relative_position_index"
+WRAPPERS = ("model", "module", "state_dict")     # where a file keeps its tensors; timm's have them at the top
+PREFIX = {"vqkd": "encoder.", "segment": "backbone."}        # in front of the backbone's names; the others have none
 EXPECTED = {             # kind: (names that may be left over, names that may start afresh)
     # Stage 1. The encoder is the backbone; its norm, which stands behind the last block, is called fc_norm.
     "vqkd": (r"(decoder|quantize|encode_task_layer|decode_task_layer|teacher_model|scaling_layer)\..*", r"head\..*"),
@@ -35,6 +45,8 @@ EXPECTED = {             # kind: (names that may be left over, names that may st
     # Fine-tuned, on ImageNet-21k perhaps: everything is used, and the head is replaced where the classes are others.
     "finetune": (r"head\..*", r"head\..*"),
     "backbone": (r"norm\..*", r"(fc_norm|head)\..*"),        # blocks without any head
+    # UPerNet with mmseg's names; its pyramid taps raw block outputs, so there is no norm.
+    "segment": (r"(fpn\d|decode_head|auxiliary_head)\..*", r"(norm|fc_norm|head)\..*"),
 }
 
 
@@ -46,12 +58,12 @@ def load_backbone(source, *, pool="mean", num_classes=0, image_size=None, drop_p
     [CLS] needs, else fc_norm). num_classes: 0 for no head, None for the head in the file; a head of another size is
     begun afresh. image_size: int or (H, W), default that of the file. The model takes imagenet_normalize(images).
     """
-    checkpoint = source if isinstance(source, dict) else engine.read_file(Path(source))
+    checkpoint = source if isinstance(source, dict) else read(Path(source))
     name = name or ("the checkpoint" if isinstance(source, dict) else str(source))       # how errors call it
     weights = state_dict(checkpoint, name)
     arch = read_architecture(weights, checkpoint.get("arch"), name)
     if pool is None:
-        pool = "mean" if "fc_norm.weight" in strip_encoder(weights) else None
+        pool = "mean" if "fc_norm.weight" in strip_prefix(weights) else None
     if num_classes is None:
         if "head.weight" not in weights:
             raise UserError(f"{name} holds no classifier (no head.weight): fine-tune it first, with python finetune.py")
@@ -63,29 +75,46 @@ def load_backbone(source, *, pool="mean", num_classes=0, image_size=None, drop_p
     return model, checkpoint, load_state(model, weights, source_grid, name)
 
 
+def read(path):
+    """A checkpoint, or a .safetensors file, which holds nothing but tensors by name."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return engine.read_file(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}): make or fetch it anew") from error
+
+
+def unwrap(checkpoint):
+    return next((checkpoint[k] for k in WRAPPERS if isinstance(checkpoint.get(k), dict)), checkpoint)
+
+
 def state_dict(checkpoint, name="the checkpoint"):
     """The tensors by name, wherever the checkpoint keeps them. Index buffers of released files follow from the grid."""
-    weights = next((checkpoint[k] for k in ("model", "module") if isinstance(checkpoint.get(k), dict)), checkpoint)
-    weights = {k: v for k, v in weights.items() if not str(k).endswith("relative_position_index")}
+    weights = {k: v for k, v in unwrap(checkpoint).items() if not str(k).endswith(INDEX)}
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise UserError(f"{name} holds no weights by name, neither under `model` or `module` nor directly: "
+        raise UserError(f"{name} holds no weights by name, neither under {', '.join(WRAPPERS)} nor directly: "
                         f"give a checkpoint of a stage here, or a released one")
     return weights
 
 
 def kind_of(weights, name="the checkpoint"):
-    """vqkd, pretrain, finetune or backbone, judged by the names alone."""
-    if "encoder.patch_embed.proj.weight" in weights:
-        return "vqkd"
+    """vqkd, pretrain, finetune, segment or backbone, judged by the names alone."""
+    for kind, prefix in PREFIX.items():
+        if f"{prefix}patch_embed.proj.weight" in weights:
+            return kind
     if "patch_embed.proj.weight" not in weights:
         found = ", ".join(sorted({k.split(".")[0] for k in weights})[:4])
         raise UserError(f"{name} holds no Vision Transformer (no patch_embed.proj.weight; names begin with {found}): "
                         f"give a file of vqkd.py, pretrain.py or finetune.py, or a released BEiT v2 checkpoint")
-    return "pretrain" if "mask_token" in weights else "finetune" if "head.weight" in weights else "backbone"
+    has = {k.split(".")[0] for k in weights}
+    return "pretrain" if has & {"mask_token", "lm_head"} else "finetune" if "head" in has else "backbone"
 
 
-def strip_encoder(weights):
-    return {k.removeprefix("encoder."): v for k, v in weights.items()}
+def strip_prefix(weights):
+    return {re.sub("^(encoder|backbone)[.]", "", k): v for k, v in weights.items()}
 
 
 def grid_of(image_size, patch_size):
@@ -99,9 +128,9 @@ def read_architecture(weights, stated=None, name="the checkpoint"):
     """ViT keyword arguments from names and shapes. Shapes cannot tell the sides of a non-square grid, nor the number of
     heads without a table; those come from `stated`, the arch that our own files hold (released ones are square)."""
     kind_of(weights, name)
-    weights, stated = strip_encoder(weights), stated or {}
+    weights, stated = strip_prefix(weights), stated or {}
     shape = {k: tuple(v.shape) for k, v in weights.items()}
-    tables = [v for k, v in shape.items() if k.endswith("relative_position_bias_table")]
+    tables = [v for k, v in shape.items() if k.endswith(TABLE)]
     positions = shape.get("pos_embed")
     blocks = {int(k.split(".")[1]) for k in weights if re.match(r"blocks\.\d+\.", k)}
     if bool(tables) == bool(positions) or not blocks:
@@ -122,27 +151,25 @@ def read_architecture(weights, stated=None, name="the checkpoint"):
     if rows != ((2 * gh - 1) * (2 * gw - 1) if tables else gh * gw):
         raise UserError(f"{name} has positions for {rows} {'offsets' if tables else 'patches'}, which is not a grid of "
                         f"{gh}x{gw} patches: the file is damaged, or not square and without `arch`")
-    return dict(image_size=image_size, patch_size=patch, width=width, depth=1 + max(blocks), heads=heads,
-                in_channels=channels, mlp_ratio=hidden / width, positions="per_block" if tables else "absolute",
-                layer_scale=0.1 if "blocks.0.gamma_1" in weights else 0.0)       # the value itself is in the file
+    depth = max(1 + max(blocks), stated.get("depth", 0))     # a last block that is missing altogether is missed, too
+    scaled = any(k.endswith((".gamma_1", ".gamma_2")) for k in weights)          # the values themselves are in the file
+    return dict(image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads, in_channels=channels,
+                mlp_ratio=hidden / width, positions="per_block" if tables else "absolute",
+                layer_scale=0.1 if scaled else 0.0)
 
 
 @torch.no_grad()
 def load_state(model, weights, source_grid, name="the checkpoint"):
     """Put weights (names of any kind) into a ViT. -> Report. UserError for names or shapes that do not belong."""
     kind = kind_of(weights, name)
-    weights = strip_encoder(weights)
-    shared = weights.pop("rel_pos_bias.relative_position_bias_table", None)
-    if shared is not None:
-        # Pre-training has one table for all blocks; in fine-tuning each block trains a copy of its own.
-        weights |= {f"blocks.{i}.attn.relative_position_bias_table": shared for i in range(model.depth)}
+    weights = table_per_block(strip_prefix(weights), model.depth)
     own = model.state_dict()
     if "head.weight" in weights and "head.weight" in own and len(weights["head.weight"]) != model.num_classes:
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")}        # other classes: a fresh head
     for k, v in weights.items():
         if k in own and not torch.isfinite(v).all():
             raise UserError(f"{name}: {k} holds numbers that are not finite; take an earlier checkpoint")
-        if k.endswith("relative_position_bias_table"):
+        if k.endswith(TABLE):
             weights[k] = v = resize_relative_table(v, source_grid, model.grid)
         elif k == "pos_embed":
             weights[k] = v = resize_pos_embed(v, source_grid, model.grid)
@@ -155,16 +182,26 @@ def load_state(model, weights, source_grid, name="the checkpoint"):
     for what, names, allowed in (("lacks", report.missing, fresh), ("has the unknown", report.unexpected, left_over)):
         odd = [k for k in names if not re.fullmatch(allowed, k)]
         if odd:
-            more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
             remedy = "the file is incomplete, or not of this model"
             if odd[0].split(".")[0] in ("norm", "fc_norm"):
                 pooling = "[CLS]" if "norm.weight" in weights else "mean"
                 remedy = f"it was trained with {pooling} pooling, so choose that"
-            raise UserError(f"{name} ({kind}) {what} {', '.join(odd[:4])}{more}: {remedy}")
+            raise UserError(f"{name} ({kind}) {what} {listed(odd)}: {remedy}")
     if kind == "vqkd":
         weights = fold_pixel_range(weights)
     model.load_state_dict({k: weights[k].float() for k in report.loaded}, strict=False)
     return report
+
+
+def table_per_block(weights, depth):
+    """Pre-training has one table for all blocks; in fine-tuning each block trains a copy of its own."""
+    shared = weights.get(f"rel_pos_bias.{TABLE}")
+    copies = {} if shared is None else {f"blocks.{i}.attn.{TABLE}": shared for i in range(depth)}
+    return {k: v for k, v in weights.items() if k != f"rel_pos_bias.{TABLE}"} | copies
+
+
+def listed(names):
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def fold_pixel_range(weights):
@@ -197,7 +234,12 @@ def geometric_offsets(source, target):
 
 
 def resize_relative_table(table, source_grid, target_grid):
-    """Table ((2gh-1)(2gw-1) + 3, H) of one grid to another's: a cubic spline per head, the three [CLS] rows copied."""
+    """Table ((2gh-1)(2gw-1) + 3, H) of one grid to another's: a cubic spline per head, the three [CLS] rows copied.
+
+    This is what the released code does. timm (1.0.31) has the same geometric grid but interpolates linearly on it: from
+    14x14 to 24x24 its tables differ by up to 2 % of their height where they are smooth (far more where they are noise),
+    the logits of a random base model at 384 by 0.3 %. --to timm --image-size resizes before timm has to.
+    """
     if tuple(source_grid) == tuple(target_grid):
         return table
     if min(source_grid) < 2:
@@ -222,3 +264,241 @@ def resize_pos_embed(pos_embed, source_grid, target_grid):
     square = patches.unflatten(1, tuple(source_grid)).permute(0, 3, 1, 2)        # (1, D, gh, gw)
     square = F.interpolate(square.float(), size=tuple(target_grid), mode="bicubic", align_corners=False)
     return torch.cat([cls, square.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------- from file to file
+# A file, taken apart: whose layout it has (ours, released, timm), kind, arch, its tensors by name, those that only the
+# released code has (aside), the other entries (rest), and the names of what nobody needs (dropped).
+Contents = collections.namedtuple("Contents", "layout kind arch weights aside rest dropped")
+
+# Names are the same in every layout, by design. This is what has no place in one of them:
+TEACHER = r"(teacher_model|scaling_layer)\..*"                   # ours: a copy of CLIP or DINO in a released tokenizer
+DEAD = r"quantize\.embedding\.(cluster_size|embed_avg|initted)"  # ours, but kept aside: the released code asks for them
+SECOND_TEACHER = r"more_decode_task_layers\..*"                  # released
+PRETRAINING = r"mask_token|(lm_head|cls_pt_\w+)\..*"             # timm
+STATE = ("optimizer", "scaler", "lr_scheduler", "model_ema", "amp", "health")     # of a run, not of a model
+
+ABOUT = {                # kind: what it is, and the commands that take it
+    "vqkd": ("VQ-KD tokenizer", "pretrain.py --tokenizer", "vqkd.py --encode IMAGES --init"),
+    "pretrain": ("pre-trained backbone with its heads", "finetune.py --checkpoint", "linprobe.py --checkpoint",
+                 "segment.py --checkpoint"),
+    "finetune": ("classifier", "finetune.py --eval --checkpoint", "finetune.py --init 21k --checkpoint",
+                 "segment.py --checkpoint"),
+    "segment": ("UPerNet for segmentation", "segment.py --eval --checkpoint"),
+    "backbone": ("backbone without heads", "finetune.py --checkpoint", "linprobe.py --checkpoint"),
+}
+SIZES = {"quantize.embedding.weight": "codes", "decode_task_layer.2.bias": "numbers to rebuild (CLIP 512, DINO 768)",
+         "lm_head.bias": "codes to guess", "head.bias": "classes", "decode_head.conv_seg.bias": "classes per pixel"}
+
+
+def affine(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def conv_norm(conv, norm, *shape):
+    """A convolution without bias (none at all where conv is None) and its BatchNorm."""
+    return ({f"{conv}.weight": shape} if conv else {}) | affine(norm, *shape[:1]) | {
+        f"{norm}.running_mean": shape[:1], f"{norm}.running_var": shape[:1], f"{norm}.num_batches_tracked": ()}
+
+
+def shapes_of(kind, weights, arch):
+    """Every name that a complete file of this kind holds, with its shape. What only heads know (the number of codes, of
+    classes, of blocks in a head, a teacher's width) is read off their own tensors."""
+    D, prefix = arch["width"], PREFIX.get(kind, "")
+
+    def size(name, axis=0):
+        return weights[name].shape[axis] if name in weights and weights[name].ndim > axis else 0
+
+    def count(name):                                         # of layers in a list, by their numbers
+        return max((1 + int(m[1]) for m in (re.match(rf"{name}\.(\d+)\.", k) for k in weights) if m), default=0)
+
+    def vit(prefix, depth, **changes):                       # one block is built and stands for all
+        sizes = {k: arch[k] for k in ("image_size patch_size width heads in_channels mlp_ratio positions layer_scale "
+                                      "pool").split()}
+        one = ViT(depth=1, **(sizes | changes)).state_dict()
+        return {prefix + k.replace("blocks.0.", f"blocks.{i}."): tuple(v.shape) for k, v in one.items()
+                for i in range(depth if k.startswith("blocks.0.") else 1)}
+
+    shapes = vit(prefix, arch["depth"])
+    if kind == "segment" or (kind == "backbone" and not any("norm" in k.split(".")[0] for k in weights)):
+        shapes = {k: v for k, v in shapes.items() if not k.startswith(f"{prefix}norm.")}
+    if kind == "vqkd":
+        dim, grid = size("quantize.embedding.weight", 1), grid_of(arch["image_size"], arch["patch_size"])
+        shapes |= vit("decoder.", count(r"decoder\.blocks"), image_size=grid, patch_size=1, in_channels=dim)
+        shapes |= {f"quantize.{k}": (size("quantize.embedding.weight"), dim)[:n] for k, n in (
+            ("embedding.weight", 2), ("cluster_size", 1))}
+        more = [f"more_decode_task_layers.{i}" for i in range(count("more_decode_task_layers"))]
+        shapes |= affine("encode_task_layer.0", D, D) | affine("encode_task_layer.2", dim, D)
+        for name in ("decode_task_layer", *more):
+            shapes |= affine(f"{name}.0", D, D) | affine(f"{name}.2", size(f"{name}.2.bias"), D)
+    elif kind == "pretrain":
+        shapes |= {"mask_token": (1, 1, D)} | affine("lm_head", size("lm_head.bias"), D)
+        for i in range(count("cls_pt_layers")):              # like any block, but without a table of its own
+            shapes |= {k.replace("blocks.0.", f"cls_pt_layers.{i}."): v for k, v in shapes.items()
+                       if k.startswith("blocks.0.") and not k.endswith(TABLE)}
+        if any(k.startswith(("cls_pt_norm.", "cls_pt_lm_head.")) for k in weights):
+            shapes |= affine("cls_pt_norm", D) | affine("cls_pt_lm_head", size("lm_head.bias"), D)
+    elif kind == "finetune":
+        shapes |= affine("head", size("head.bias"), D)
+    elif kind == "segment":
+        classes, C = size("decode_head.conv_seg.bias"), size("decode_head.conv_seg.weight", 1)
+        aux = size("auxiliary_head.conv_seg.weight", 1)
+        for name in ("fpn1.0", "fpn1.3", "fpn2.0"):          # transposed convolutions
+            shapes |= affine(f"backbone.{name}", D, D, 2, 2)
+        shapes |= conv_norm(None, "backbone.fpn1.1", D)
+        for name, *shape in [(f"psp_modules.{i}.1", C, D, 1, 1) for i in range(4)] + [             # pools 1, 2, 3, 6
+                *((f"lateral_convs.{i}", C, D, 1, 1) for i in range(3)), ("bottleneck", C, D + 4 * C, 3, 3),
+                *((f"fpn_convs.{i}", C, C, 3, 3) for i in range(3)), ("fpn_bottleneck", C, 4 * C, 3, 3)]:
+            shapes |= conv_norm(f"decode_head.{name}.conv", f"decode_head.{name}.bn", *shape)
+        shapes |= conv_norm("auxiliary_head.convs.0.conv", "auxiliary_head.convs.0.bn", aux, D, 3, 3)
+        shapes |= affine("decode_head.conv_seg", classes, C, 1, 1)
+        shapes |= affine("auxiliary_head.conv_seg", classes, aux, 1, 1)
+    return shapes
+
+
+def examine(path):
+    """Take a file apart and check it name by name, shape by shape. -> Contents; UserError for what does not belong."""
+    file = read(path)
+    raw, weights = unwrap(file), state_dict(file, str(path))
+    kind, stated, rest = kind_of(weights, path), file.get("arch") or {}, {}
+    arch = read_architecture(weights, stated, path)
+    aside = {k: v for k, v in weights.items() if re.fullmatch(DEAD, k)}
+    teacher = [k for k in weights if re.fullmatch(TEACHER, k)]
+    weights = {k: v for k, v in weights.items() if k not in aside and k not in teacher}
+    bare = strip_prefix(weights)
+    if f"rel_pos_bias.{TABLE}" in bare:
+        arch["positions"] = "shared"
+    arch["pool"] = "mean" if any(k.startswith("fc_norm.") for k in bare) else "cls" if kind == "finetune" else None
+    if kind == "finetune" and "head.bias" in weights:
+        arch["num_classes"] = len(weights["head.bias"])
+
+    wanted = shapes_of(kind, weights, arch)
+    index = relative_position_index(*grid_of(arch["image_size"], arch["patch_size"]))
+    problems = [("lacks", [k for k in wanted if k not in weights]),
+                ("has the unknown", [k for k in weights if k not in wanted]),
+                ("has in a wrong shape", [f"{k} {tuple(weights[k].shape)} instead of {shape}" for k, shape in
+                                          wanted.items() if k in weights and weights[k].shape != shape]),
+                ("has numbers that are not finite in", [k for k, v in weights.items() if not torch.isfinite(v).all()]),
+                ("orders its offsets in another way in", [k for k, v in raw.items() if str(k).endswith(INDEX) and (
+                    not torch.is_tensor(v) or v.shape != index.shape or (v != index).any())])]
+    if found := " and ".join(f"{what} {listed(names)}" for what, names in problems if names):
+        raise UserError(f"{path} ({kind}) {found}: the file is incomplete, damaged or not of this model")
+    if raw is not file:
+        aside |= file.get("released_only", {})
+        rest = {k: v for k, v in file.items() if k not in (*STATE, *WRAPPERS, "kind", "arch", "released_only")}
+    said = rest.get("args")                                  # a Namespace in released files, a dict in ours
+    rest["args"] = vars(said) if isinstance(said, argparse.Namespace) else said if isinstance(said, dict) else {}
+    layout = "ours" if "kind" in file else "timm" if raw is file else "released"
+    return Contents(layout, kind, arch | stated, weights, aside, rest, teacher + [k for k in STATE if k in file])
+
+
+def resize(c, image_size):
+    """The same contents for images of another size: every table and position embedding is interpolated."""
+    if image_size < 2 * c.arch["patch_size"]:
+        raise UserError(f"--image-size {image_size}: a patch has {c.arch['patch_size']} pixels, take two at least")
+    grids = [grid_of(size, c.arch["patch_size"]) for size in (c.arch["image_size"], image_size)]
+    weights = {k: resize_relative_table(v, *grids) if k.endswith(TABLE) else
+               resize_pos_embed(v, *grids) if k.endswith("pos_embed") else v for k, v in c.weights.items()}
+    return c._replace(weights=weights, arch=c.arch | dict(image_size=image_size),
+                      rest=c.rest | {k: image_size for k in c.rest if k == "image_size"})
+
+
+def convert(c, to):
+    """-> what goes into a file of layout `to`, and the names that have no place there."""
+    left = {"ours": TEACHER, "released": SECOND_TEACHER, "timm": PRETRAINING}[to]
+    weights = {k: v for k, v in c.weights.items() if not re.fullmatch(left, k)}
+    dropped = [k for k in c.weights if k not in weights]
+    if to == "ours":
+        aside = dict(released_only=c.aside) if c.aside else {}
+        return c.rest | aside | dict(kind=c.kind, arch=c.arch, model=weights), dropped
+    if to == "timm":
+        if c.kind in PREFIX:
+            raise UserError(f"timm has no place for a {ABOUT[c.kind][0]}: use --to ours or --to released")
+        weights = table_per_block(weights, c.arch["depth"])
+        return {k: v.clone(memory_format=torch.contiguous_format) for k, v in weights.items()}, dropped
+    index, full = relative_position_index(*grid_of(c.arch["image_size"], c.arch["patch_size"])), {}
+    for k, v in weights.items():
+        full |= {k: v} | ({k.removesuffix(TABLE) + INDEX: index} if k.endswith(TABLE) else {})
+    if c.kind == "vqkd":                                     # loaded strictly, so with the dead entries
+        name, codes = "quantize.embedding", weights["quantize.embedding.weight"]
+        full |= {f"{name}.cluster_size": torch.zeros(len(codes)), f"{name}.embed_avg": codes.clone(),
+                 f"{name}.initted": torch.ones(1)} | c.aside             # 1: no k-means start on top of these codes
+    wrapped = dict(meta={}, state_dict=full) if c.kind == "segment" else dict(model=full)
+    # arch is ours: it tells what shapes cannot (heads without a table, unequal sides); the released code ignores it.
+    return c.rest | dict(arch=c.arch, args=argparse.Namespace(**c.rest["args"])) | wrapped, dropped
+
+
+def timm_arguments(arch):
+    """For timm.create_model("beitv2_base_patch16_224", ...): the model which the file of --to timm loads strictly."""
+    return dict(img_size=arch["image_size"], patch_size=arch["patch_size"], embed_dim=arch["width"],
+                depth=arch["depth"], num_heads=arch["heads"], num_classes=arch.get("num_classes", 0),
+                global_pool="avg" if arch["pool"] == "mean" else "token")
+
+
+def describe(c, path):
+    """What a file is, its sizes, and the commands that take it: lines for a reader."""
+    a, (what, *uses), w = c.arch, ABOUT[c.kind], c.weights
+    count = sum(v.numel() for k, v in w.items() if not re.match(r"quantize\.|.*\.(running_|num_batches)", k))
+    lists = {m[1]: m[2] for m in (re.match(r"(decoder\.blocks|cls_pt_layers)\.(\d+)", k) for k in w) if m}
+    sizes = [f"{len(w[k])} {name}" for k, name in SIZES.items() if k in w]
+    sizes += [f"{int(last) + 1} in {name}" for name, last in lists.items()]
+    height, breadth = (a["image_size"],) * 2 if isinstance(a["image_size"], int) else a["image_size"]
+    model = {preset["width"]: name for name, preset in PRESETS.items()}.get(a["width"], "NONE_OF_THIS_WIDTH")
+    lines = [("kind", f"{what} ({c.kind}), layout: {c.layout}"),
+             ("images", f"{height}x{breadth}, patch {a['patch_size']}"),
+             ("backbone", f"width {a['width']}, {a['depth']} blocks, {a['heads']} heads, positions {a['positions']}, "
+                          f"{'layer scale' if a['layer_scale'] else 'no layer scale'}, pool {a['pool']}"),
+             ("heads", ", ".join(sizes) or "none"), ("parameters", f"{count:,} in {len(w)} tensors"),
+             ("left behind", ", ".join(sorted({k.split('.')[0] for k in c.dropped})) or "nothing"),
+             *(("good for", f"python {use} {path} --model {model}") for use in uses)]
+    return "\n".join([str(path)] + [f"  {label:12} {text}" for label, text in lines])
+
+
+def write(path, contents):
+    """As engine.write_file, or a .safetensors file: under a temporary name, then renamed."""
+    if path.suffix != ".safetensors":
+        return engine.write_file(path, contents)
+    from safetensors.torch import save
+    temporary = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(save(contents, metadata=dict(format="pt")))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error.strerror}): free some space or choose another OUT") from error
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("files", nargs="*", type=Path, metavar="IN OUT", help="a checkpoint of any kind, and one to write")
+    p.add_argument("--to", choices=["ours", "released", "timm"], help="whose layout OUT gets")
+    p.add_argument("--image-size", type=int, help="resize positions to images of so many pixels")
+    p.add_argument("--check", type=Path, metavar="FILE", help="check every name of FILE, say what it is and good for")
+    args = p.parse_args(argv)
+    if args.check:
+        print(describe(examine(args.check), args.check))
+        return
+    if len(args.files) != 2 or args.to is None:
+        raise UserError("give IN OUT --to ours|released|timm, or --check FILE")
+    source, target = args.files
+    if target.exists():
+        same = source.exists() and target.samefile(source)
+        raise UserError(f"{target} {'is IN itself' if same else 'exists'}: nothing is overwritten, choose another OUT")
+    if target.suffix == ".safetensors" and args.to != "timm":
+        raise UserError(f"{target}: a .safetensors file holds tensors alone, which only --to timm makes; name it .pt")
+    c = examine(source)
+    if args.image_size is not None:
+        c = resize(c, args.image_size)
+    contents, dropped = convert(c, args.to)
+    write(target, contents)
+    dropped = collections.Counter(k.split(".")[0] for k in c.dropped + dropped)
+    print(f"{source} ({c.kind}, {c.layout}) -> {target} ({args.to}): {len(unwrap(contents))} names\nleft behind: "
+          + (", ".join(f"{name} ({n})" if n > 1 else name for name, n in dropped.items()) or "nothing"))
+    if args.to == "timm":
+        options = ", ".join(f"{k}={v!r}" for k, v in timm_arguments(c.arch).items())
+        print(f'load it strictly into timm.create_model("beitv2_base_patch16_224", {options})')
+
+
+if __name__ == "__main__":
+    engine.run(main)

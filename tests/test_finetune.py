@@ -3,11 +3,14 @@ import argparse
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import log_lines, stage
+from PIL import Image
 
+import data
 import engine
 import finetune
 from engine import UserError
@@ -141,6 +144,14 @@ def test_scratch_has_one_rate_for_all_layers_and_an_unknown_length_counts_as_300
     assert recipe_for("base", None) == recipe_for("base", 300) == RECIPES["base"]
 
 
+@pytest.mark.parametrize("preset, drop", [("base", 0.1), ("large", 0.2)])
+def test_the_recipe_of_intermediate_fine_tuning_is_the_papers_and_evaluates_nothing(preset, drop):
+    row = recipe_for(preset, 1600, intermediate=True)
+    assert [row[k] for k in ("lr", "epochs", "warmup_epochs", "layer_decay", "drop_path", "mixup", "cutmix")] == [
+        6e-4, 90, 20, 0.75, drop, 0.8, 1.0]
+    assert row["batch_size"] == 4096 and row["evaluations"] == 0 and row["data"] == "datasets/imagenet21k"
+
+
 @pytest.mark.parametrize("stated", [dict(epochs=1600), dict(args=argparse.Namespace(epochs=1600))])     # ours, released
 def test_flags_win_over_the_length_of_pretraining_read_from_the_checkpoint(tmp_path, stated):
     model = BEiT(224, 16, 768, 1, 12, 8, early_layer=1)
@@ -205,6 +216,90 @@ def test_a_head_is_kept_for_the_same_classes_and_begun_afresh_for_others(tmp_pat
         fresh, report = finetune.build(args, len(classes), classes)
         assert report.missing == ["head.weight", "head.bias"] and fresh.head.weight.abs().max() < 1e-3
         assert torch.equal(fresh.fc_norm.weight, model.fc_norm.weight)
+
+
+def picture_folders(root, classes):
+    for number, name in enumerate(classes):
+        for i in range(4):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng((number, i)).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+
+
+def test_a_21k_file_hands_over_fc_norm_and_everything_but_the_head(pretrained, monkeypatch):
+    many, few = pretrained / "many", pretrained / "few"
+    picture_folders(many, "abcdef")                          # ROOT/CLASS/*, no validation images, as ImageNet-21k is
+    for split in ("train", "val"):
+        picture_folders(few / split, "bdx")
+    run = ["--batch-size", "6", "--workers", "0", "--amp", "no", "--device", "cpu", "--out", str(pretrained)]
+    assert finetune.main([*run, "--intermediate", "--steps", "3", "--lr", "1e-2", "--data", str(many)]) == {}
+    middle = engine.read_file(pretrained / "finetune_21k.pt", kind="finetune_21k")
+    assert middle["classes"] == list("abcdef") and not (pretrained / "finetune.pt").exists()
+    assert (middle["model"]["fc_norm.weight"] != 1).any()    # it has learned
+
+    args = finetune.parse_args([*run, "--init", "21k"])      # finds the file by itself
+    model, report = finetune.build(args, 3, list("bdx"))
+    own = model.state_dict()
+    assert report.missing == ["head.weight", "head.bias"] and report.unexpected == []
+    assert own["head.weight"].shape == (3, 128) and own["head.weight"].abs().max() < 1e-3
+    assert all(torch.equal(own[k], v) for k, v in middle["model"].items() if not k.startswith("head."))
+
+    result = finetune.main([*run, "--init", "21k", "--steps", "2", "--data", str(few)])
+    last = engine.read_file(pretrained / "finetune.pt", kind="finetune")
+    assert result["images"] == 12 and last["classes"] == ["b", "d", "x"]
+
+
+def test_a_class_list_gives_the_head_its_classes_and_their_order(pretrained):
+    picture_folders(pretrained / "some", "db")
+    (pretrained / "names").write_text("d\nc\nb\na\n")      # the folders are some of them, in another order
+    args = finetune.parse_args(["--out", str(pretrained), "--data", str(pretrained / "some"), "--evaluations", "0",
+                                "--classes", str(pretrained / "names")])
+    train_set, val_set = finetune.open_sets(args)
+    assert val_set is None and train_set.classes == ["d", "c", "b", "a"]
+    assert train_set.labels.tolist() == 4 * [2] + 4 * [0]                        # b, then d
+    assert [train_set[0, i][1] for i in (0, 7)] == [2, 0]
+
+
+# ---------------------------------------------------------------------------------------------------- other resolutions
+@pytest.mark.parametrize("size, side", [(384, 24), (512, 32)])
+def test_base_at_a_higher_resolution_is_built_from_a_checkpoint_of_224(tmp_path, size, side):
+    source = BEiT(224, 16, 768, 1, 12, 8, early_layer=1).state_dict()
+    table = source["rel_pos_bias.relative_position_bias_table"]
+    table.copy_(torch.randn(table.shape))
+    engine.write_file(tmp_path / "pretrain.pt", dict(model=source))
+    args = finetune.parse_args(["--model", "base", "--out", str(tmp_path), "--image-size", str(size)])
+    model, report = finetune.build(args, 5)
+    resized = model.blocks[0].attn.relative_position_bias_table
+    assert model.grid == (side, side) and resized.shape == ((2 * side - 1) ** 2 + 3, 12)
+    torch.testing.assert_close(resized[-3:], table[-3:])     # the rows of [CLS]
+    centre, old_centre = (len(resized) - 3) // 2, (len(table) - 3) // 2          # offset (0, 0) is the same place
+    torch.testing.assert_close(resized[centre], table[old_centre], atol=1e-4, rtol=1e-4)
+    assert {k.split(".")[0] for k in report.missing} == {"fc_norm", "head"}
+
+
+@pytest.mark.parametrize("size", [80, 96])
+def test_a_classifier_can_be_trained_and_measured_at_another_resolution(pretrained, size):
+    out = ["--out", str(pretrained)]
+    finetune.main(QUICK + out + ["--steps", "2", "--image-size", str(size)])
+    file = engine.read_file(pretrained / "finetune.pt")
+    assert file["image_size"] == size and len(file["model"]["blocks.5.attn.relative_position_bias_table"]) == (
+        2 * size // 8 - 1) ** 2 + 3
+    evaluated = finetune.main(QUICK + out + ["--eval"])      # at the size of the file
+    assert evaluated["top1"] == pytest.approx(file["result"]["top1"])
+    for other in ("48", "112"):
+        assert finetune.main(QUICK + out + ["--eval", "--image-size", other])["images"] == 60
+    # Going on at another size from a classifier of the same classes keeps its head.
+    args = finetune.parse_args(["--init", "21k", "--checkpoint", str(pretrained / "finetune.pt"), "--image-size", "48"])
+    model, report = finetune.build(args, 10, file["classes"])
+    assert report.missing == [] and torch.equal(model.head.weight, file["model"]["head.weight"])
+
+
+def test_from_384_on_an_image_is_resized_straight_to_the_size_and_below_with_a_margin():
+    image = torch.zeros(3, 600, 600, dtype=torch.uint8)
+    image[:, :20] = 255                                      # a border that the margin cuts off
+    for size, seen in ((224, False), (384, True), (512, True)):
+        shown = data.eval_transform(size)(image)
+        assert shown.shape == (3, size, size) and bool((shown[:, 0] > 200).all()) == seen
 
 
 def test_a_tokenizers_encoder_can_be_fine_tuned_and_its_norm_goes_along(tmp_path):
@@ -299,7 +394,8 @@ def test_two_processes_train_and_count_as_one_does(pretrained):
 # -------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("flags, sentence", [
     ([], "there is no file .*pretrain.pt; make it with python pretrain.py"),
-    (["--init", "21k"], "--init 21k needs --checkpoint"),
+    (["--init", "21k"], "there is no file .*finetune_21k.pt; make it with python finetune.py --model tiny --intermed"),
+    (["--init", "scratch", "--intermediate"], "--intermediate starts from pre-training"),
     (["--init", "scratch", "--checkpoint", "x.pt"], "leave out --checkpoint"),
     (["--init", "scratch", "--model", "huge"], "--model huge"),
     (["--init", "scratch", "--image-size", "50"], "50x50 is not a multiple of the patch size 8"),

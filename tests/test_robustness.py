@@ -1,0 +1,234 @@
+"""Robustness: classes found by name, logits restricted to those a data set has, and the shapes seen in other ways."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import log_lines, stage
+from PIL import Image
+
+import data
+import engine
+import finetune
+from engine import UserError
+from finetune import columns_of, hits, read_classes, restrict
+from model import PRESETS, ViT
+
+NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]    # the order of the logits
+RUN = ["--workers", "0", "--amp", "no", "--device", "cpu", "--batch-size", "8"]
+
+
+def fill(folder, classes, each=2):
+    """Noise images in folder/CLASS/*."""
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            pixels = np.random.default_rng((number, i)).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A folder with a finetune.pt of random weights that knows seven classes; classifier("bare") leaves out names."""
+    torch.manual_seed(0)
+    model = ViT(**PRESETS["tiny"], num_classes=len(NAMES))
+    torch.nn.init.normal_(model.head.weight)
+    model.head.bias.data[0] = 1000                           # it says "ant", unless that is not to be had
+    for name, classes in (("finetune", NAMES), ("bare", None)):
+        engine.write_file(tmp_path / f"{name}.pt", dict(kind="finetune", model=model.state_dict(), classes=classes))
+    return tmp_path
+
+
+def run(folder, *flags):
+    return finetune.main([*RUN, "--eval", "--out", str(folder), *map(str, flags)])
+
+
+# -------------------------------------------------------------------------------------------------- restricted logits
+def test_restricting_the_logits_equals_picking_the_columns_by_hand():
+    logits, columns = torch.randn(200, 40), torch.randperm(40)[:12]
+    inside = torch.randint(12, (200,))                       # labels as numbers among the 12
+    assert hits(restrict(logits, columns), columns[inside]) == hits(logits[:, columns], inside)
+
+
+def test_restricted_accuracy_is_never_below_the_unrestricted_on_the_same_images():
+    logits, columns = torch.randn(500, 40), torch.arange(8, 20)
+    labels = columns[torch.randint(12, (500,))]
+    free, held = torch.stack(hits(logits, labels)), torch.stack(hits(restrict(logits, columns), labels))
+    assert (held > free).all()                               # among 12 of 40, guessing is right more often
+    for few in (columns[:1], columns[:3]):                   # also where fewer than five logits are left
+        all_right = hits(restrict(logits, few), few[torch.zeros(500, dtype=torch.long)])[1]
+        assert all_right == 500
+
+
+def test_a_class_is_found_by_its_name_whatever_its_place_among_the_folders(classifier, tmp_path):
+    fill(tmp_path / "some", ["gnu", "bee", "dog"], each=3)
+    args = finetune.parse_args([*RUN, "--eval", "--out", str(classifier)])
+    few = finetune.open_set(str(tmp_path / "some"), "val", data.eval_transform(48), args, alone=True)
+    assert few.classes == ["bee", "dog", "gnu"] and columns_of(few, NAMES, "x").tolist() == [1, 3, 6]
+    model = ViT(**PRESETS["tiny"], num_classes=7).eval()
+    model.load_state_dict(engine.read_file(classifier / "finetune.pt")["model"])
+    images = torch.stack([few[i][0] for i in range(9)]) / 255
+    logits = model(finetune.imagenet_normalize(images)).detach()
+    truth = torch.tensor([1, 1, 1, 3, 3, 3, 6, 6, 6])
+    result = run(classifier, "--data", tmp_path / "some")
+    assert result["top1"] == 0 < result["restricted_top1"]
+    by_hand = torch.tensor([1, 3, 6])[logits[:, [1, 3, 6]].argmax(1)]
+    assert result["restricted_top1"] == pytest.approx(100 * (by_hand == truth).float().mean().item())
+    assert result["restricted_top5"] == 100 and result["images"] == 9
+
+
+# -------------------------------------------------------------------------------------------- folders and class lists
+def test_class_folders_below_val_and_directly_below_the_folder_count_the_same(classifier, tmp_path):
+    fill(tmp_path / "flat", NAMES[2:5])
+    fill(tmp_path / "split" / "val", NAMES[2:5])             # no train/ is needed to evaluate
+    assert run(classifier, "--data", tmp_path / "flat") == run(classifier, "--data", tmp_path / "split")
+
+
+def test_a_limit_takes_away_images_but_no_classes(classifier, tmp_path):
+    fill(tmp_path / "some", NAMES[:4], each=5)
+    run(classifier, "--data", tmp_path / "some", "--limit", 3)
+    line = log_lines(classifier / "finetune_eval.jsonl")[1]
+    assert line["images"] == 3 and line["classes"] == 4
+
+
+def test_several_folders_in_one_call_give_one_table_and_a_line_each(classifier, tmp_path, capsys):
+    one, two = (str(fill(tmp_path / name, NAMES[:n])) for name, n in (("one", 3), ("two", 7)))
+    results = run(classifier, "--data", one, two)
+    lines = log_lines(classifier / "finetune_eval.jsonl")
+    assert [line.get("data") for line in lines[1:3]] == [one, two] == list(results)
+    assert lines[1]["restricted_top1"] >= lines[1]["top1"] and lines[2]["restricted_top1"] == lines[2]["top1"]
+    assert lines[3]["restricted_top1"] == {
+        name: pytest.approx(results[name]["restricted_top1"], abs=1e-5) for name in (one, two)}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith((one, two))]
+    assert [row[:3] for row in rows] == [[one, "6", "3"], [two, "14", "7"]] and {len(row) for row in rows} == {7}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_file_without_class_names_is_read_with_a_list_of_them(classifier, tmp_path, as_json):
+    (tmp_path / "names").write_text(json.dumps(NAMES) if as_json else "\n".join(NAMES) + "\n")
+    assert read_classes(tmp_path / "names") == NAMES
+    fill(tmp_path / "some", ["gnu", "bee"])
+    bare = "--checkpoint", classifier / "bare.pt", "--data", tmp_path / "some"
+    with pytest.raises(UserError, match="knows 7 classes, .*some has 2: .*--classes FILE"):
+        run(classifier, *bare)
+    assert run(classifier, *bare, "--classes", tmp_path / "names") == run(classifier, "--data", tmp_path / "some")
+
+
+def test_unknown_and_missing_classes_are_named(classifier, tmp_path):
+    fill(tmp_path / "odd", ["bee", "yak", "zebra"])
+    with pytest.raises(UserError, match=r"odd has 2 classes that .*finetune.pt does not know \(yak, zebra\)"):
+        run(classifier, "--data", tmp_path / "odd")
+    with pytest.raises(UserError, match="does not know"):    # the second is wrong: nothing is measured
+        run(classifier, "--data", fill(tmp_path / "good", ["bee"]), tmp_path / "odd")
+    assert not (classifier / "finetune_eval.jsonl").exists()
+    with pytest.raises(UserError, match="has no class folders"):
+        run(classifier, "--data", tmp_path / "odd" / "yak")
+    (tmp_path / "good" / "stray.png").write_bytes((tmp_path / "odd" / "yak" / "0.png").read_bytes())
+    with pytest.raises(UserError, match="images outside its class folders.*stray.png"):
+        run(classifier, "--data", tmp_path / "good")
+    with pytest.raises(UserError, match="there is no such folder"):
+        run(classifier, "--data", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("\n".join(NAMES[:6]), "names 6 classes, .*finetune.pt has 7 logits"), ("bee\ncat\nbee", "a name twice"),
+    ("bee\n\ncat", "an empty line"), ('["bee", ', "cannot be read"), (None, "cannot be read")])
+def test_a_bad_class_list_is_one_sentence(classifier, tmp_path, text, sentence):
+    if text is not None:
+        (tmp_path / "names").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        run(classifier, "--classes", tmp_path / "names")
+
+
+def test_training_reads_one_data_set(tmp_path):
+    with pytest.raises(UserError, match="training reads one data set"):
+        finetune.main([*RUN, "--init", "scratch", "--out", str(tmp_path), "--data", "shapes", "shapes:blur"])
+
+
+# ------------------------------------------------------------------------------------------------------ shifted shapes
+@pytest.mark.parametrize("shift", data.SHIFTS)
+def test_shifted_shapes_keep_class_mask_and_size_and_are_the_same_twice(shift):
+    plain, one, two = (data.Shapes("val", count=40, shift=s) for s in (None, shift, shift))
+    assert torch.equal(one.images, two.images) and not torch.equal(one.images, plain.images)
+    assert one.images.shape == plain.images.shape and one.images.dtype == torch.uint8
+    assert torch.equal(one.labels, plain.labels) and torch.equal(one.masks(slice(None)), plain.masks(slice(None)))
+    alone = data.shift_shapes(shift, 0, "val", np.array([7]))[0][0]
+    assert (alone == one.images[7].numpy()).all()            # a function of the index, not of its neighbours
+    assert len({image.numpy().tobytes() for image in one.images}) == 40
+    assert data.open_data(f"shapes:{shift}", "val", limit=40).name == f"shapes:{shift}"
+
+
+def test_an_unknown_shift_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match="no shift 'fog': there are shapes:noise, .*shapes:sketch"):
+        data.open_data("shapes:fog", "val", limit=10)
+
+
+def shifted(shift, n=40):
+    dataset = data.Shapes("val", count=n, shift=shift)
+    return dataset.images / 255, dataset.masks(slice(None)).bool()[:, None].expand(-1, 3, -1, -1)
+
+
+def test_each_shift_does_what_it_is_called_and_greyscale_has_equal_channels():
+    plain, _ = shifted(None)
+
+    def detail(x):                                           # how much neighbouring pixels differ
+        return (x[..., 1:] - x[..., :-1]).abs().mean()
+
+    assert 2 * detail(shifted("blur")[0]) < detail(plain) < detail(shifted("noise")[0]) / 2
+    grey = shifted("grey")[0]
+    assert torch.equal(grey[:, :1].expand_as(grey), grey) and (plain[:, 0] != plain[:, 1]).any()
+    torch.testing.assert_close(shifted("contrast")[0] - 0.5, 0.2 * (plain - 0.5), atol=0.5 / 255 + 1e-6, rtol=0)
+    sketch = shifted("sketch")[0]
+    assert 0.05 < (sketch < 0.5).float().mean() < 0.3        # a little ink
+    assert (sketch.flatten(1).median(dim=1).values > 0.9).all()                  # on white paper
+    noisy = shifted("noise")[0]
+    assert (noisy - plain).mean().abs() < 0.02               # the noise has no tint: only clipping moves the mean
+
+
+def texture_alone(texture, index):
+    """Patterns (n, S, S) of training: the object moved out of sight, a plain ground with the same noise taken off."""
+    drawn, plain = (data.draw_shapes(0, "val", index, change=dict(
+        texture=np.full(len(index), t), x=np.full(len(index), 500.0), noise=0 * index)) for t in (texture, 0))
+    assert drawn[1].sum() == 0
+    return torch.from_numpy(drawn[0].mean(axis=1) - plain[0].mean(axis=1)).float()
+
+
+def windows(patterns, stride):
+    """All windows of 32 x 32 at some stride, as vectors of length 1 without their mean."""
+    found = patterns.unfold(1, 32, stride).unfold(2, 32, stride).reshape(-1, 32 * 32)
+    return F.normalize(found - found.mean(dim=1, keepdim=True), dim=1)
+
+
+def test_the_textures_of_the_shift_are_none_of_the_training_ones():
+    textures = range(1, len(data.TEXTURES))                  # gradient, stripes, checks, dots; plain has no pattern
+    known = torch.cat([windows(texture_alone(k, np.arange(300)), stride=4) for k in textures])
+
+    def likeness(patterns):                                  # the best correlation with any place of any known one
+        return (windows(patterns[:, 8:40, 8:40], stride=1) @ known.T).amax(dim=1)
+
+    for k in textures:                                       # other images of training are found again ...
+        assert likeness(texture_alone(k, np.arange(1000, 1030))).median() > 0.78
+    new = torch.from_numpy(data.unseen_textures(0, 1, np.arange(100))).float()
+    assert likeness(new).max() < 0.7                         # ... those of the shift are not
+    assert new.abs().max() <= 1 and (new.std(dim=(1, 2)) > 0.3).all()
+
+
+def test_new_textures_lie_behind_the_object():
+    (plain, inside), (new, _) = shifted(None), shifted("textures")
+    assert (new - plain)[inside].abs().max() < 0.05          # not 0: pixels of the outline hold some background
+    assert (new - plain)[~inside].abs().max() > 0.1
+
+
+@pytest.mark.slow
+def test_the_table_of_shifts_is_one_command(tmp_path):
+    stage("finetune.py", *RUN[:-1], 40, "--init", "scratch", "--steps", 40, "--limit", 400, "--out", tmp_path)
+    kinds = ["shapes"] + [f"shapes:{shift}" for shift in data.SHIFTS]
+    done = stage("finetune.py", *RUN, "--eval", "--out", tmp_path, "--limit", 100, "--data", *kinds)
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("shapes")] == kinds
+    found = json.loads(done.stdout.splitlines()[-1])["restricted_top1"]
+    assert list(found) == kinds and re.search("among these classes", done.stdout)
+    two = stage("finetune.py", *RUN, "--eval", "--out", tmp_path, "--limit", 100, "--data", *kinds, processes=2)
+    assert json.loads(two.stdout.splitlines()[-1])["restricted_top1"] == found
