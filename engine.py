@@ -320,7 +320,7 @@ def start_or_resume(stage, args, process):
             print(f"{error}; trying the one before", file=sys.stderr)
             continue
         if "source_hash" not in state:
-            raise UserError(f"{path} was not made by this command (a converted file?): choose another --out, or --fresh")
+            raise UserError(f"{path} was made by another command (converted?): choose another --out, or add --fresh")
         if args.amp_auto:        # measured once per run: the machine may be busier now
             args.amp = state["args"]["amp"]
         now = describe_run(stage, args)

@@ -38,7 +38,8 @@ WRAPPERS = ("model", "module", "state_dict")     # where a file keeps its tensor
 PREFIX = {"vqkd": "encoder.", "segment": "backbone."}        # in front of the backbone's names; the others have none
 EXPECTED = {             # kind: (names that may be left over, names that may start afresh)
     # Stage 1. The encoder is the backbone; its norm, which stands behind the last block, is called fc_norm.
-    "vqkd": (r"(decoder|quantize|encode_task_layer|decode_task_layer|teacher_model|scaling_layer)\..*", r"head\..*"),
+    "vqkd": (r"(decoder|quantize|encode_task_layer|(more_)?decode_task_layers?|teacher_model|scaling_layer)\..*",
+             r"head\..*"),
     # Stage 2. The code head and the blocks of patch aggregation are thrown away. A mean-pooling classifier drops the
     # pre-trained norm, too: its fc_norm stands behind the mean over patches and begins afresh.
     "pretrain": (r"mask_token|(lm_head|norm)\..*|cls_pt_.*", r"(fc_norm|head)\..*"),
