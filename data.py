@@ -1,12 +1,13 @@
-"""Images in, batches out: the built-in shapes, CIFAR, image folders, their transforms, and who gets which image when.
+"""Images in, batches out: built-in shapes, CIFAR, folders, segmentation folders, transforms, who gets which image when.
 
-    open_data -> data set -> make_loader(train_batches or eval_batches) -> images (B, 3, H, W) uint8, labels (B,)
+    open_data   -> data set -> make_loader(train_batches or eval_batches) -> images (B, 3, H, W) uint8, labels (B,)
+    open_scenes -> data set -> the same, with a label for every pixel: labels (B, H, W)
 
 Between functions an image is uint8 RGB (3, H, W). Everything random follows from numbers one can write down: shape i
 from (seed, split, i), the order of an epoch from (seed, epoch), the augmentation of a sample from (seed, epoch, index).
 So the number of workers or processes and a killed run change nothing, and resuming needs no saved generator.
 
-Read in this order: Images, draw_shapes, Cifar, Folder, the four transforms, TrainBatches.
+Read in this order: Images, draw_shapes, Cifar, Folder, the four transforms, SegmentTransform, Scenes, TrainBatches.
 """
 # Shapes used in this file:  n images in a data set, c images drawn in one pass, S side of a shapes image
 import os

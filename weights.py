@@ -284,7 +284,7 @@ ABOUT = {                # kind: what it is, and the commands that take it
     "pretrain": ("pre-trained backbone with its heads", "finetune.py --checkpoint", "linprobe.py --checkpoint",
                  "segment.py --checkpoint"),
     "finetune": ("classifier", "finetune.py --eval --checkpoint", "finetune.py --init 21k --checkpoint",
-                 "segment.py --checkpoint"),
+                 "segment.py --init 21k --checkpoint"),
     "segment": ("UPerNet for segmentation", "segment.py --eval --checkpoint"),
     "backbone": ("backbone without heads", "finetune.py --checkpoint", "linprobe.py --checkpoint"),
 }
