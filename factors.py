@@ -355,7 +355,9 @@ def main(argv=None):
         print(f"{run}: teacher {record['teacher']}, seed {record['seed']}, {record['seconds']:.0f} s", flush=True)
         groups.setdefault(record["teacher"], []).append(record)
     text = "\n".join(report(groups)) + "\n"
-    args.out.with_suffix(".md").write_text(text)
+    page = args.out.with_suffix(".md")                       # what a person wrote above the marker stays
+    head = page.read_text().split("<!-- tables -->")[0] if page.exists() else ""
+    page.write_text(head + "<!-- tables -->\n\n" + text)
     print(text)
     draw_bars(groups, args.out.with_suffix(".png"))
 
