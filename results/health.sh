@@ -9,6 +9,10 @@ for s in 1 2; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/n
 for s in 0 1 2 3 4 5 6 7 8 9; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/hog-$s; done
 for s in 0 1 2; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/pixel-$s --teacher pixel; done
 python vqkd.py --workers 0 --log-every 1 --seed 0 --out runs/norestart-0 --restart-dead-codes 0
+for r in 0 20; do                    # do restarts of dead codes heal a collapse?
+    python vqkd.py --workers 0 --log-every 1 --seed 0 --out runs/slow$r-0 --continuous-steps 0 --decay 0.97 --warmup-epochs 0 \
+        --lr 3e-3 --epochs 2 --restart-dead-codes $r
+done
 # The codebook of a finished tokenizer grown and shrunk, then one epoch more.
 for k in 128 32; do
     python vqkd.py --workers 0 --init runs/hog-0/vqkd.pt --codes $k --epochs 1 --lr 5e-4 --out runs/resized-$k
