@@ -10,7 +10,7 @@ stage resumes and a finished one is not run again: stop this at any time and rep
 
     python ablate.py                                 # all rows, seeds 0 1 2: hours on two cores
     python ablate.py --rows "no aggregation" "l = 2" --seeds 0 1      # in two shells with other seeds: twice as fast
-    python ablate.py --table                         # only the table, from what is in runs/ablations
+    python ablate.py --table --results results/ablations.md           # only the table, from what is in runs/ablations
 """
 import argparse
 import collections
@@ -96,8 +96,10 @@ def regress(target):
 
 
 # --- the rows ---------------------------------------------------------------------------------------------------------
-# claims: (column, "+" or "-", other row): this row's column is higher or lower than the other's, says the paper.
-Row = collections.namedtuple("Row", "name vqkd pretrain change claims", defaults=((), (), None, ()))
+# claims: (column, "+" or "-", other row): this row's column is expected above or below the other's. source: who expects
+# it, the paper's text (REFERENCE.md section 8) or its argument as we read it.
+Row = collections.namedtuple("Row", "name vqkd pretrain change claims source", defaults=((), (), None, (), "paper"))
+OURS = "our reading"
 BASE = "base"
 ROWS = [
     Row(BASE),
@@ -108,11 +110,13 @@ ROWS = [
     Row("l = 2", pretrain=["--early-layer", "2"]),
     Row("l = 5", pretrain=["--early-layer", "5"]),
     # What is predicted at hidden patches: codes of features, as here, codes of pixels (BEiT), or no codes at all.
-    Row("teacher pixel", vqkd=["--teacher", "pixel"], claims=[("top1", "-", BASE), ("paper_top1", "-", BASE)]),
-    Row("regress pixels", change=lambda: regress("pixel"), claims=[("top1", "-", BASE), ("paper_top1", "-", BASE)]),
+    Row("teacher pixel", vqkd=["--teacher", "pixel"], claims=[("top1", "-", BASE), ("paper_top1", "-", BASE)],
+        source=OURS),
+    Row("regress pixels", change=lambda: regress("pixel"), claims=[("top1", "-", BASE), ("paper_top1", "-", BASE)],
+        source=OURS),
     Row("regress HOG (= the teacher)", change=lambda: regress("hog")),
     Row("BEiT-like: teacher pixel, no aggregation", vqkd=["--teacher", "pixel"], pretrain=["--no-aggregation"],
-        claims=[("top1", "-", BASE), ("paper_top1", "-", BASE)]),
+        claims=[("top1", "-", BASE), ("paper_top1", "-", BASE)], source=OURS),
     # The tokenizer (Section 2.2): a deep decoder fits better, but uses fewer codes and serves less; few dimensions
     # raise the use of codes.
     Row("decoder depth 3", vqkd=["--decoder-depth", "3"],
@@ -180,7 +184,8 @@ def run_row(row, seed, run_flags):
     """Both stages and the probe for one row and seed; what is there already is left as it is."""
     home, tokenizer = folder(row.name, seed), folder(tokenizer_of(row), seed) / "vqkd.pt"
     with exchanged(row.change() if row.change else {}):
-        common = ["--seed", seed, *run_flags]
+        # No workers: one started afresh (spawn) would import the modules anew, and know nothing of the exchange.
+        common = ["--seed", seed, "--workers", 0, *run_flags]
         call(vqkd, [*SHORT["vqkd"], *row.vqkd, "--out", tokenizer.parent, *common])
         call(pretrain, [*SHORT["pretrain"], *row.pretrain, "--tokenizer", tokenizer, "--out", home, *common])
     call(linprobe, [*SHORT["linprobe"], "--out", home, *common])
@@ -217,7 +222,10 @@ def read_row(row, seed):
         summary = next((x for x in lines if "summary" in x), None)
         if summary is None:
             return None
-        seconds = found.get("seconds", 0) + (summary["time"] if stage != "linprobe" else 0)
+        # The clock of a log starts again where a run was resumed: the parts add up.
+        times = [x["time"] for x in lines if "time" in x]
+        took = sum(a for a, b in zip(times, times[1:] + [0.0]) if b < a)
+        seconds = found.get("seconds", 0) + (took if stage != "linprobe" else 0)
         found |= {k: v for k, v in summary.items() if k in COLUMNS} | dict(seconds=seconds, commit=lines[0]["commit"])
     return found | (dict(cosine=100 * found["cosine"]) if "cosine" in found else {})
 
@@ -229,17 +237,21 @@ def mean_and_error(values):
     return mean, spread / math.sqrt(len(values))
 
 
-def verdict(own, other, sign):
-    """"same", "opposite" or "within noise": the difference seed by seed, against two of its standard errors.
+CRITICAL_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}           # two-sided, 5 %, by degrees of freedom: seeds - 1
 
-    own, other: {seed: value}; sign: "+" where the paper has the row above the other. Pairs share pictures and start,
-    so that much of the noise falls out; with three seeds two standard errors are still a lenient bar.
+
+def verdict(own, other, sign):
+    """"same", "opposite" or "within noise": the difference seed by seed, in Student's t-test at the 5 % level.
+
+    own, other: {seed: value}; sign: "+" where the row is expected above the other. Pairs share pictures and start, so
+    that much of the noise falls out. Two standard errors would be too easy: with three seeds chance alone exceeds
+    them in 18 % of all comparisons.
     """
     seeds = sorted(own.keys() & other.keys())
     if len(seeds) < 2:
         return "too few seeds", math.nan, math.nan
     mean, error = mean_and_error([own[s] - other[s] for s in seeds])
-    if abs(mean) <= 2 * error:
+    if abs(mean) <= CRITICAL_T.get(len(seeds) - 1, 2.6) * error:
         return "within noise", mean, error
     return "same" if (mean > 0) == (sign == "+") else "opposite", mean, error
 
@@ -248,6 +260,9 @@ def write_table(seeds, out):
     """results/ablations.md and .jsonl from the logs: a line per row, then the paper's claims, one by one."""
     results = {row.name: {s: r for s in seeds if (r := read_row(row, s)) is not None} for row in ROWS}
     done = [row for row in ROWS if results[row.name]]
+    if not done:
+        raise engine.UserError(f"{RUNS} holds no finished run of seeds {seeds}: run python ablate.py first")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".jsonl").write_text("".join(
         json.dumps(dict(row=row.name, seed=s) | {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()})
         + "\n" for row in done for s, r in results[row.name].items()))
@@ -260,13 +275,13 @@ def write_table(seeds, out):
             mean, error = mean_and_error(values) if values else (None, None)
             cells.append("--" if mean is None else f"{mean:.{digits}f} ± {error:.{digits}f}")
         lines.append(f"| {row.name} | {len(results[row.name])} | " + " | ".join(cells) + " |")
-    lines += ["", "| the paper states | column | here: difference, seed by seed | verdict |", "|---|---|---|---|"]
+    lines += ["", "| expected | column | here: difference, seed by seed | verdict |", "|---|---|---|---|"]
     for row in done:
         for key, sign, other in row.claims:
             own, against = ({s: r[key] for s, r in results[name].items() if key in r} for name in (row.name, other))
             word, mean, error = verdict(own, against, sign)
-            lines.append(f"| {row.name} {'above' if sign == '+' else 'below'} {other} | {COLUMNS[key][0]} | "
-                         f"{mean:+.1f} ± {error:.1f} | {word} |")
+            lines.append(f"| {row.name} {'above' if sign == '+' else 'below'} {other} ({row.source}) | "
+                         f"{COLUMNS[key][0]} | {mean:+.1f} ± {error:.1f} | {word} |")
     head = out.read_text().split("<!-- tables -->")[0] if out.exists() else "# Ablations\n\n"
     out.write_text(head + "<!-- tables -->\n\n" + "\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -277,7 +292,7 @@ def main(argv=None):
     p.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="names of rows; default: all")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--table", action="store_true", help="run nothing, only write the table")
-    p.add_argument("--results", type=Path, default=Path("results/ablations.md"), help="the table to write")
+    p.add_argument("--results", type=Path, default=RUNS / "ablations.md", help="the table to write; .jsonl beside it")
     p.add_argument("--list", action="store_true", help="print the rows and what the paper says of each")
     args, run_flags = p.parse_known_args(argv)               # further flags go to both stages and the probe
     if unknown := set(args.rows) - {row.name for row in ROWS}:

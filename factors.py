@@ -7,7 +7,7 @@ while codes distilled from pixels keep such details. Three measures for each fac
     decoded   how well ridge regression reads the factor off all codes of an image         see decoded
     kept      share of an image's codes that stay when this factor alone changes           see kept
 
-    python factors.py RUN [RUN ...] --out results/factors          # each RUN holds a vqkd.pt; about a minute each
+    python factors.py RUN [RUN ...]        # each RUN holds a vqkd.pt; about a minute each; writes runs/factors.*
 
 Read in this order: adjusted_information, told, ridge, decoded, alterations, kept, effective_dimension.
 """
@@ -152,12 +152,15 @@ def alterations(labels, f):
         "noise": dict(noise=np.roll(np.arange(n), n // 2))}
 
 
-def kept(z, changed):
+def kept(z, changed, seen=None):
     """Share of codes that two encodings z, changed (n, N) have in common: at the same place, and as bags of codes (the
-    overlap of their histograms), where a code that follows its patch to another place counts as kept."""
-    bags = [F.one_hot(x, int(max(z.max(), changed.max())) + 1).sum(1) for x in (z, changed)]         # (n, K)
-    return dict(place=(z == changed).double().mean().item(),
-                bag=(torch.minimum(*bags).sum() / z.numel()).item())
+    overlap of their histograms), where a code that follows its patch to another place counts as kept. Of the patches
+    `seen` (n, N) alone, where given: background that a change leaves alone is no merit of the codes."""
+    seen = torch.ones_like(z, dtype=torch.bool) if seen is None else seen
+    codes = int(max(z.max(), changed.max())) + 1
+    bags = [(F.one_hot(x, codes) * seen[..., None]).sum(1) for x in (z, changed)]                    # (n, K)
+    return dict(place=(z == changed)[seen].double().mean().item(),
+                bag=(torch.minimum(*bags).sum() / seen.sum()).item())
 
 
 def effective_dimension(x):
@@ -223,14 +226,24 @@ def measure(run, train=6000, test=2000, pairs=1000):
                    dimension=dict(teacher=teacher_dimension, h=effective_dimension(h[train:].flatten(0, 1)),
                                   codes=effective_dimension(v[z[train:]].flatten(0, 1))))
 
+    # Which codes stay, among the patches that show the object before or after the change (texture: among the others).
     before, labels = z[train:train + pairs], torch.from_numpy(draw("val", pairs)[2])
-    stay = {k: kept(before, in_batches(tokenizer.encode, draw("val", pairs, k)[0])) for k in (*CHANGES, "noise")}
+    own = torch.from_numpy(cover[:pairs])
+    stay = {}
+    for change in (*CHANGES, "noise"):
+        images, masks, *_ = draw("val", pairs, change)
+        after = F.avg_pool2d(masks[:, None].float(), patch).flatten(1)
+        seen = own <= 0.5 if change == "texture" else torch.maximum(own, after) >= 0.1
+        stay[change] = kept(before, in_batches(tokenizer.encode, images), seen)
     groups = [torch.nonzero(labels == k)[:, 0] for k in range(10)]
-    stay["same class"] = kept(before[torch.cat(groups)], before[torch.cat([group.roll(1) for group in groups])])
-    stay["unrelated"] = kept(before, before.roll(pairs // 2, 0))
+    first, second = torch.cat(groups), torch.cat([group.roll(1) for group in groups])
+    stay["same class"] = kept(before[first], before[second], torch.maximum(own[first], own[second]) >= 0.1)
+    strangers, theirs = before.roll(pairs // 2, 0), own.roll(pairs // 2, 0)
+    stay["unrelated"] = kept(before, strangers, torch.maximum(own, theirs) >= 0.1)
+    ground = kept(before, strangers, torch.maximum(own, theirs) <= 0.5)
     for change, shares in stay.items():                      # what unrelated images share is no merit
-        how = "bag" if change in MOVED else "place"
-        shares["above"] = (shares[how] - stay["unrelated"][how]) / (1 - stay["unrelated"][how])
+        how, chance = "bag" if change in MOVED else "place", ground if change == "texture" else stay["unrelated"]
+        shares["above"] = (shares[how] - chance[how]) / (1 - chance[how])
     results |= {f"kept/{change}": shares for change, shares in stay.items()}
     return facts | {f"{a}/{b}": x for a, part in results.items() for b, x in part.items()} | dict(
         seconds=time.time() - begin)
@@ -244,15 +257,17 @@ def mean_and_error(records, key):
 
 
 def cell(records, key, unit=100):
-    mean, error = mean_and_error(records, key)
-    return f"{unit * mean:.1f}" + ("" if math.isnan(error) else f" ± {unit * error:.1f}")
+    mean, error = mean_and_error(records, key)               # a teacher is the same for all seeds: it has no error here
+    known = not math.isnan(error) and not key.startswith("teacher/") and key != "dimension/teacher"
+    return f"{unit * mean:.1f}" + (f" ± {unit * error:.1f}" if known else "")
 
 
 def judge(difference, error):
-    """Two standard errors decide; difference > 0 is what the claim says."""
+    """4.3 standard errors decide, the 5 % level of Welch's t-test in its worst case for three seeds a side (2 degrees
+    of freedom); difference > 0 is what the claim says."""
     if math.isnan(error):
         return "one seed, no verdict"
-    return "within noise" if abs(difference) <= 2 * error else "holds" if difference > 0 else "opposite"
+    return "within noise" if abs(difference) <= 4.3 * error else "holds" if difference > 0 else "opposite"
 
 
 def verdicts(groups):
@@ -264,9 +279,9 @@ def verdicts(groups):
             if key in groups[teacher][0]:                    # to ignore a factor is to let the codes stay
                 (a, a_error), (b, b_error) = (mean_and_error(groups[t], key) for t in (teacher, "pixel"))
                 word = judge(wanted * (a - b), math.hypot(a_error, b_error))
-                name = key.split("/")[0].replace("codes", "decoded")
+                name = {"kept": "codes that stay", "codes": "decoded"}.get(key.split("/")[0], "told")
                 parts.append(f"{name} {cell(groups[teacher], key)} against {cell(groups['pixel'], key)}: **{word}**")
-        wish = "keep more" if sign > 0 else "ignore more"
+        wish = "carry more" if sign > 0 else "ignore more"
         lines.append(f"- {factor}, of which {teacher} codes should {wish} than pixel codes: {'; '.join(parts)}.")
     return lines
 
@@ -287,13 +302,16 @@ def report(groups):
     return ["## What codes tell, percent", "", "told: of the factor's entropy, by the code of one patch. Then read off "
             "all codes, h, the teacher's features: accuracy where a guess is given, else R^2 (0: a guess).", "",
             *table("factor", groups, names, dict(told="told/{}", codes="codes/{}", h="h/{}", teacher="teacher/{}")),
-            "## Codes that stay when one factor changes, percent", "", "At the same place; as a bag of codes. Below: "
+            "## Codes that stay when one factor changes, percent", "", "Of patches that show the object before or "
+            "after (texture: of the others). At the same place; as a bag of codes. Below: "
             "other noise (2 % of the range), another image of the class, any other image (chance).", "",
             *table("changed", groups, stay, dict(place="kept/{}/place", bag="kept/{}/bag")),
             "## Effective dimension", "",
             *table("of", groups, {k: k for k in ("teacher", "h", "codes")}, {"": "dimension/{}"}, unit=1),
-            "## Verdicts", "", "kept: (share - unrelated) / (1 - unrelated), as bags for rotation, scale, position. "
-            "A difference within two standard errors is noise.", "", *verdicts(groups)]
+            "## Verdicts", "", "Of class codes should carry more: few stay when it changes, much of it is told and "
+            "decoded. To ignore a factor is the reverse. Codes that stay: (share - unrelated) / (1 - unrelated), "
+            "as bags for rotation, scale, position. A difference within 4.3 standard errors is noise.", "",
+            *verdicts(groups)]
 
 
 def draw_bars(groups, path):
@@ -320,7 +338,8 @@ def draw_bars(groups, path):
             for source, marker, fill, label in marks if axis is axes[1] else ():
                 axis.plot(100 * (read(source + "/{}")[:, 0] - guess) / (1 - guess), at, marker, ms=4.5, mec="black",
                           mfc=fill, ls="", label=None if i else label)
-        axis.set_yticks(range(len(names)), names)
+        low = dict.fromkeys(["class"], "class (should be low)") if axis is axes[0] else {}
+        axis.set_yticks(range(len(names)), [low.get(k, k) for k in names])
         axis.set_title(title, fontsize=10)
         axis.set_xlim(-3, 103)
         axis.set_ylim(len(CHANGES) - 0.5, -0.5)              # both panels alike, so that rows stand side by side
@@ -337,10 +356,14 @@ def draw_bars(groups, path):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path, help="folders with a vqkd.pt; runs of one teacher count as its seeds")
-    p.add_argument("--out", type=Path, default=Path("results/factors"), help="writes OUT.jsonl, OUT.md and OUT.png")
+    p.add_argument("--out", type=Path, default=Path("runs/factors"), help="writes OUT.jsonl, OUT.md and OUT.png")
     p.add_argument("--images", type=int, nargs=3, default=(6000, 2000, 1000), metavar=("TRAIN", "TEST", "PAIRS"),
                    help="images to fit on, to test on, and, of the latter, to draw anew; 6000 2000 1000")
     args = p.parse_args(argv)
+    train, test, pairs = args.images
+    if not (60 <= train <= 12_000 and 20 <= pairs <= test <= 2000):
+        raise engine.UserError(f"--images {train} {test} {pairs}: give 60 to 12000 images to fit on, at most 2000 to "
+                               f"test on, and of those 20 or more to draw anew")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     log, groups = args.out.with_suffix(".jsonl"), {}
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

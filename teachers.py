@@ -311,7 +311,8 @@ def cache_features(teacher, dataset, folder, process, *, flip, batch_size=64, wo
 
     dataset  data.Images shown whole (data.eval_transform): features of random crops could not be known beforehand.
     flip     for training: the mirror image's features are cached, too, and every epoch draws one of the two.
-    All processes must see `folder`. Loading may move the global generators of random numbers: seed them afterwards.
+    All processes share `folder`, on one machine. Loading may move the global generators of random numbers: seed them
+    afterwards.
     """
     if not isinstance(dataset.transform, data.EvalTransform):
         raise ValueError(f"features are cached of images as data.eval_transform shows them, not {dataset.transform}")

@@ -134,7 +134,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def update(self, sums, counts, decay):
         """Once per training step, after the look-up, with sums over all micro-batches and processes.
-        Differs from the released code: a look-up changes no counter, so evaluating leaves no trace."""
+        Differs from the released code: a look-up changes no counter, so evaluating leaves no trace, and the counter
+        runs on (there it is set to 0 before each epoch and each evaluation)."""
         self.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
         self.embedding.weight.copy_(ema_update(self.embedding.weight, sums, counts, decay))
 
@@ -233,7 +234,7 @@ def parse_args(argv=None):
 # --- codebook health --------------------------------------------------------------------------------------------------
 def codebook_usage(counts):
     """How healthy a codebook is, from how often each code was chosen (K,): a collapse shows as falling perplexity."""
-    p = counts.double() / counts.sum().clamp(min=1)
+    p = counts.cpu().double() / counts.sum().clamp(min=1).item()
     entropy = -(p * p.clamp(min=1e-30).log()).sum().item()   # in nats; ln K where all codes are used alike
     used = int((counts > 0).sum())
     return dict(codes_used=used, dead_codes=len(counts) - used, entropy=entropy, perplexity=math.exp(entropy),
@@ -246,7 +247,7 @@ def collapsing(perplexity, best, codes, warned=False):
 
     A collapse feeds itself: codes that nothing chooses do not move, while the encoder pulls everything to the few that
     are left. The time to know is on the way down. For a step or two a healthy codebook dips, too, just after its
-    k-means start, but not below 28 % of its best (results/README.md).
+    k-means start, but not below 28 % of its best (results/health.md).
     """
     share, floor = (0.5, 0.25) if warned else (0.2, 0.15)
     return perplexity < max(share * best, floor * codes)
@@ -404,7 +405,7 @@ def train(args, process):
               f"{args.batch_size} = {process.world_size} processes x {accumulation} x {micro}; teacher {args.teacher}")
     if args.init and not resumed:
         before = evaluate(model, teacher, val_set, args, process)
-        log(step=0, note="before", **before)
+        log(step=0, split="val", note="before", **before)
     batches = iter(data.make_loader(train_set, data.train_batches(
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
@@ -492,12 +493,15 @@ def load_state(model, path):
     """Load tokenizer weights, ours or released, into `model`. Dead entries of the released files are passed over."""
     file = engine.read_file(path, remedy="make it with python vqkd.py, or give --tokenizer FILE")
     state, own = file.get("model", file), model.quantize
+    if not isinstance(state, dict) or "quantize.embedding.weight" not in state:
+        raise engine.UserError(f"{path} is no VQ-KD tokenizer: make one with python vqkd.py")
     dead = ("teacher", "scaling_layer", "quantize.embedding.cluster_size", "quantize.embedding.embed_avg",
             "quantize.embedding.initted")
     state = {k: t for k, t in state.items() if not k.startswith(dead)}
-    table = state.get("quantize.embedding.weight")
-    if table is not None and len(table) != len(own.cluster_size):
-        table, size = resize_codebook(table, state["quantize.cluster_size"], len(own.cluster_size))
+    table = state["quantize.embedding.weight"]
+    if len(table) != len(own.cluster_size):
+        size = state.get("quantize.cluster_size", torch.ones(len(table)))
+        table, size = resize_codebook(table, size, len(own.cluster_size))
         state |= {"quantize.embedding.weight": table, "quantize.cluster_size": size}
     try:
         model.load_state_dict(state)

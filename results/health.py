@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def row(path):
     """One line of the table for one run."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    codes, summary = lines[0]["args"]["codes"], next(x for x in lines if "summary" in x)
+    codes, summary = lines[0]["args"]["codes"], next((x for x in lines if "summary" in x), None)
+    if summary is None:                                      # not finished
+        return f"| {path.parent.name} | not finished" + " |" * 10
     steps = [x for x in lines if "perplexity" in x and x.get("split") != "val" and "loss" in x]
     best = lowest = steps[0]
     fall = 1.0
@@ -35,7 +37,7 @@ def main():
         name, seed = path.parent.name.rsplit("-", 1)
         return name, int(seed)
 
-    wanted = re.compile(r"(hog|naive|pixel|norestart)-\d+")
+    wanted = re.compile(r"(hog|naive|pixel|norestart|cold|slow\d+)-\d+")
     logs = [p for p in (ROOT / "runs").glob("*/vqkd.jsonl") if wanted.fullmatch(p.parent.name)]
     resized = ["| K | | cosine | codes used | perplexity |", "|---|---|---|---|---|"]
     for codes in (128, 32):

@@ -5,7 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 naive="--continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --warmup-epochs 0 --lr 3e-3"
 python vqkd.py --workers 0 --log-every 1 --seed 0 --out runs/naive-0 $naive --epochs 2
-for s in 1 2; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/naive-$s $naive --steps 100; done
+for s in 1 2; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/naive-$s $naive --epochs 2; done
+# Cold: quantizer from the first step, as base has it, but with the warm-up of the rate.
+cold="--continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --epochs 2"
+for s in 0 1 2; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/cold-$s $cold; done
 for s in 0 1 2 3 4 5 6 7 8 9; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/hog-$s; done
 for s in 0 1 2; do python vqkd.py --workers 0 --log-every 1 --seed $s --out runs/pixel-$s --teacher pixel; done
 python vqkd.py --workers 0 --log-every 1 --seed 0 --out runs/norestart-0 --restart-dead-codes 0

@@ -76,12 +76,18 @@ def test_every_claim_names_a_row_and_a_column():
 
 # -------------------------------------------------------------------------------------------------- the verdict
 def test_the_verdict_is_about_the_difference_seed_by_seed():
-    own, other = {0: 50.0, 1: 70.0, 2: 90.0}, {0: 51.0, 1: 71.5, 2: 91.0}    # seeds differ widely, rows surely
+    own, other = {0: 50.0, 1: 70.0, 2: 90.0}, {0: 51.0, 1: 71.5, 2: 91.0}    # seeds differ widely, rows surely: t = 7
     word, mean, error = ablate.verdict(own, other, "-")
     assert word == "same" and mean == pytest.approx(-3.5 / 3) and error == pytest.approx(0.5 / 3)
     assert ablate.verdict(own, other, "+")[0] == "opposite"
     assert ablate.verdict({0: 1.0, 1: -1.0, 2: 0.5}, {0: 0.0, 1: 0.0, 2: 0.0}, "+")[0] == "within noise"
     assert ablate.verdict({0: 1.0}, {0: 0.0, 1: 0.0}, "+")[0] == "too few seeds"
+
+
+def test_chance_gives_a_verdict_in_five_percent_of_comparisons():
+    draws = torch.randn(4000, 3)
+    words = [ablate.verdict(dict(enumerate(d)), dict.fromkeys(range(3), 0.0), "+")[0] for d in draws.tolist()]
+    assert 0.035 < 1 - words.count("within noise") / len(words) < 0.065
 
 
 def test_the_table_holds_the_mean_of_what_the_logs_hold(tmp_path, monkeypatch):
@@ -94,7 +100,10 @@ def test_the_table_holds_the_mean_of_what_the_logs_hold(tmp_path, monkeypatch):
                         pretrain=dict(mask_acc=20.0, time=60.0),
                         linprobe=dict(source="pretrain", top1=probe + shift, paper_top1=40.0, knn=30.0, time=9.0))
             for stage_name, summary in logs.items():
-                lines = [dict(commit="c"), dict(summary=1, **summary)]
+                lines = [dict(commit="c", time=0.01), dict(summary=1, **summary)]
+                if stage_name == "vqkd":                     # stopped at 12 s and resumed: 12 + 18 = 30 s in all
+                    lines[1:1] = [dict(step=5, time=12.0), dict(step=6, time=1.0)]
+                    lines[-1]["time"] = 18.0
                 (home / f"{stage_name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     out = tmp_path / "ablations.md"
     out.write_text("kept\n<!-- tables -->\nold\n")
@@ -103,7 +112,7 @@ def test_the_table_holds_the_mean_of_what_the_logs_hold(tmp_path, monkeypatch):
     assert text.startswith("kept\n") and "old" not in text
     assert "| base | 2 | 50.0 ± 0.0 | 64.0 ± 0.0 | 51.0 ± 1.0 | 20.0 ± 0.0 | 61.0 ± 1.0 |" in text
     assert "| 90 ± 0 |" in text
-    assert "| no aggregation below base | probe, chosen | -10.0 ± 0.0 | same |" in text
+    assert "| no aggregation below base (paper) | probe, chosen | -10.0 ± 0.0 | same |" in text
     assert len(log_lines(tmp_path / "ablations.jsonl")) == 4
 
 

@@ -61,7 +61,7 @@ NAIVE = "--continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --warmup-epoch
 
 
 @pytest.mark.slow
-def test_naive_settings_are_warned_of_while_a_tenth_of_the_codes_is_still_in_use(tmp_path):
+def test_naive_settings_are_warned_of_at_a_perplexity_over_a_tenth_of_the_codes(tmp_path):
     flags = [*NAIVE, "--steps", 12, "--limit", 640, "--workers", 0, "--log-every", 1, "--out", tmp_path]
     done = stage("vqkd.py", *flags)
     lines = log_lines(tmp_path / "vqkd.jsonl")
@@ -69,6 +69,23 @@ def test_naive_settings_are_warned_of_while_a_tenth_of_the_codes_is_still_in_use
     seen = {x["step"]: x["perplexity"] for x in lines if x.get("split") != "val" and "perplexity" in x}
     assert "collapsing" in done.stderr and "--lr" in done.stderr
     assert sum("warning" in x for x in lines) == 1 and seen[warning["step"]] > 6.4 and seen[11] < 6.4
+
+
+def test_a_resumed_run_is_not_warned_again_of_the_same_fall(tmp_path, monkeypatch):
+    flags = [*NAIVE, "--steps", "9", "--limit", "320", "--workers", "0", "--save-every", "4", "--out", str(tmp_path)]
+    real = engine.save_resume
+
+    def save_and_die(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "save_resume", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        vqkd.main(flags)
+    monkeypatch.setattr(engine, "save_resume", real)
+    vqkd.main(flags)
+    warned = [x["step"] for x in log_lines(tmp_path / "vqkd.jsonl") if "warning" in x]
+    assert len(warned) == 1 and warned[0] < 4
 
 
 def test_stop_on_collapse_ends_the_run_with_the_sentence(tmp_path):

@@ -73,8 +73,14 @@ def test_a_moved_code_is_kept_in_the_bag_and_not_at_its_place():
     assert factors.kept(z, torch.tensor([[0, 0, 2, 7]])) == dict(place=0.5, bag=0.5)
 
 
-def test_two_standard_errors_decide():
-    assert [factors.judge(d, 1.0) for d in (3.0, 1.5, -3.0)] == ["holds", "within noise", "opposite"]
+def test_only_patches_that_are_seen_count_as_kept():
+    z, changed = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 1, 5, 2]])
+    seen = torch.tensor([[False, True, True, True]])
+    assert factors.kept(z, changed, seen) == dict(place=pytest.approx(1 / 3), bag=pytest.approx(2 / 3))
+
+
+def test_a_t_test_with_two_degrees_of_freedom_decides():
+    assert [factors.judge(d, 1.0) for d in (5.0, 4.0, -5.0)] == ["holds", "within noise", "opposite"]
     assert factors.judge(3.0, float("nan")) == "one seed, no verdict"
 
 
