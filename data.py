@@ -693,7 +693,7 @@ def class_names(root, count):
     try:
         with open(os.path.join(root, "objectInfo150.txt"), encoding="utf-8") as f:
             names = [line.rstrip("\n").split("\t")[-1].split(",")[0].strip() for line in f][1:]      # first, the header
-    except OSError:
+    except (OSError, ValueError):                            # ValueError: not UTF-8
         names = []
     return names if len(names) == count else [f"class {i + 1}" for i in range(count)]
 
@@ -766,6 +766,7 @@ train_batches = TrainBatches
 
 def eval_batches(n, batch_size, rank=0, world_size=1):
     """Lists of indices: the contiguous share of this rank; over all ranks every image exactly once, without padding."""
+    # Differs from the recipe, which fills up the last shares with images that then count twice.
     first, last = n * rank // world_size, n * (rank + 1) // world_size
     return [list(range(i, min(i + batch_size, last))) for i in range(first, last, batch_size)]
 

@@ -167,7 +167,8 @@ def all_reduce_sum(tensor):
 
 
 def autocast(device, amp):
-    """bfloat16 matrix products where amp is "bf16"; float32 otherwise. bf16 needs no gradient scaling."""
+    """bfloat16 matrix products where amp is "bf16"; float32 otherwise."""
+    # Differs from the recipe, float16 with a GradScaler: bf16 has float32's range, so no gradient has to be scaled.
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
@@ -354,19 +355,21 @@ def finish(stage, args, contents):
 
 class Log:
     """One JSON line per call on rank 0, appended to STAGE.jsonl; the first line says what the run is. On resuming,
-    lines of steps that the resume file does not know are cut off, so that no step stands there twice."""
+    lines of steps that the resume file does not know are cut off, so that no step stands there twice. With `append`
+    (measurements, which are no runs) all lines stay, and another first line follows them."""
 
-    def __init__(self, path, args, process, start_step=0, **facts):
+    def __init__(self, path, args, process, start_step=0, append=False, **facts):
         self.path, self.active, self.begin = Path(path), process.rank == 0, time.time()
         if self.active:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot make {self.path.parent} ({error.strerror}): choose another --out") from error
-            lines = self.path.read_text().splitlines(keepends=True) if start_step and self.path.exists() else []
-            lines = [x for x in lines if x.endswith("}\n") and json.loads(x).get("step", -1) < start_step]
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            lines = [x for x in lines if x.endswith("}\n") and (
+                append or start_step and json.loads(x).get("step", -1) < start_step)]
             self.path.write_text("".join(lines))
-            if not lines:
+            if append or not lines:
                 self(**describe_run(self.path.stem, args), python=platform.python_version(), cores=os.cpu_count(),
                      machine=platform.machine(), threads=torch.get_num_threads(), processes=process.world_size,
                      device=str(process.device), **facts)

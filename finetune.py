@@ -35,7 +35,7 @@ import data
 import engine
 import weights
 from engine import UserError
-from model import PRESETS, ViT, count_parameters, imagenet_normalize
+from model import PRESETS, ViT, count_parameters, imagenet_normalize, initialise
 
 COMMON = dict(           # REFERENCE.md section 4; the rate is NOT scaled by the batch size
     lr=5e-4, min_lr=1e-6, batch_size=1024, weight_decay=0.05, smoothing=0.1, mixup=0.8, cutmix=1.0, crop_scale=0.08,
@@ -138,13 +138,13 @@ def build(args, classes, names=None):
         preset = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
         model, report = ViT(**preset, pool=args.pool, num_classes=classes, drop_path=args.drop_path), None
     else:
-        checkpoint = engine.read_file(args.checkpoint)
-        if names and checkpoint.get("classes") and checkpoint["classes"] != names:
+        model, checkpoint, report = weights.load_backbone(
+            args.checkpoint, pool=args.pool, num_classes=classes, image_size=args.image_size, drop_path=args.drop_path)
+        if names and checkpoint.get("classes") and checkpoint["classes"] != names and "head.weight" in report.loaded:
             # A head for other classes is of no use, even where their number happens to be the same.
-            checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if not k.startswith("head.")}
-        model, _, report = weights.load_backbone(
-            checkpoint, pool=args.pool, num_classes=classes, image_size=args.image_size, drop_path=args.drop_path,
-            name=str(args.checkpoint))
+            initialise(model.head)
+            report = report._replace(loaded=[k for k in report.loaded if not k.startswith("head.")],
+                                     missing=report.missing + ["head.weight", "head.bias"])
     if report is None or "head.weight" in report.missing:
         new_head(model)
     return model, report
@@ -274,8 +274,8 @@ def read_classes(path):
         names = [str(name).strip() for name in (json.loads(text) if text.lstrip()[:1] == "[" else text.splitlines())]
     except (OSError, ValueError) as error:
         raise UserError(f"--classes {path} cannot be read ({error}): give one name a line, or a JSON list") from error
-    if len(set(names)) < len(names) or "" in names:
-        raise UserError(f"--classes {path} has a name twice or an empty line: give every logit one name of its own")
+    if not names or len(set(names)) < len(names) or "" in names:
+        raise UserError(f"--classes {path} has no name, a name twice or an empty line: give every logit one of its own")
     return names
 
 
@@ -338,16 +338,19 @@ def evaluate(model, dataset, args, process, columns=None):
     """Cross-entropy (no smoothing), top-1 and top-5 in percent, with `columns` also those among these logits only
     (restricted_*). Every image counts once, over all processes."""
     model.eval()
-    totals = torch.zeros(6, dtype=torch.double, device=process.device)
+    exact = torch.float if process.device.type == "mps" else torch.double        # mps has no float64
+    totals = torch.zeros(6, dtype=exact, device=process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     workers = 0 if isinstance(dataset, data.Shapes) else args.workers            # shapes need no decoding
     for images, labels in data.make_loader(dataset, batches, workers, process.device):
         images, labels = engine.to_float(images, process.device), labels.to(process.device)
+        # Differs from the recipe, which evaluates in float16, with three bits more: in bf16 the best logits tie more
+        # often, and topk settles it. --amp no measures without ties.
         with engine.autocast(process.device, args.amp):
             logits = model(imagenet_normalize(images))
         counts = F.cross_entropy(logits.float(), labels, reduction="sum"), labels.new_tensor(len(labels))
         few = logits if columns is None else restrict(logits, columns)
-        totals += torch.stack([*counts, *hits(logits, labels), *hits(few, labels)]).double()
+        totals += torch.stack([*counts, *hits(logits, labels), *hits(few, labels)]).to(exact)
     model.train()
     loss, n, *correct = engine.all_reduce_sum(totals).tolist()
     names = ("top1", "top5") + (() if columns is None else ("restricted_top1", "restricted_top5"))
@@ -358,6 +361,9 @@ def train(args, process):
     stage = stage_of(args)
     resumed = engine.start_or_resume(stage, args, process)
     train_set, val_set = open_sets(args)
+    if resumed and resumed["classes"] != list(train_set.classes):
+        raise UserError(f"the classes of {args.data} are no longer those of the run in {args.out}: restore them, or "
+                        f"add --fresh")
     classes = len(train_set.classes)
     steps, warmup, per_epoch = engine.resolve_steps(args, len(train_set))
     micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
@@ -411,6 +417,7 @@ def train(args, process):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         last = step == steps - 1
+        # Differs from the recipe, which looks at every loss: log and save steps only, as looking waits for the GPU.
         if step % args.log_every == 0 or last:
             engine.check_finite(loss.item(), step, args)
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
@@ -461,7 +468,8 @@ def robustness(args, process):
         columns = columns_of(dataset, names or dataset.classes, source)
         dataset.labels = columns[dataset.labels]
         sets.append((name, dataset, columns))
-    log, model, results = engine.Log(args.out / "finetune_eval.jsonl", args, process), model.to(process.device), {}
+    log = engine.Log(args.out / "finetune_eval.jsonl", args, process, append=True)
+    model, results = model.to(process.device), {}
     say, width = print if process.rank == 0 else lambda text: None, max(len(name) for name, _, _ in sets)
     say(f"{'data':{width}}   images  classes    top-1    top-5    among these classes: top-1    top-5")
     for name, dataset, columns in sets:

@@ -180,7 +180,7 @@ def rate_groups(model, weight_decay, layer_decay):
 
 def poly_schedule(step, base, total, warmup):
     """base * (1 - step / total), times a linear warm-up from 0: a line to 0 that is bent at its start only.
-    Differs from the recipe in step 0 alone, whose rate there is a millionth of the base."""
+    Differs from the recipe during warm-up, by a millionth of the base or less: there it starts at that, not at 0."""
     return base * min(1.0, step / warmup if warmup else 1.0) * (1 - step / total)
 
 
@@ -226,6 +226,11 @@ def predict(model, images, scales=(1.0,), flip=False):
     return total / (len(scales) * (1 + flip))
 
 
+def warmup_of(preset, steps):
+    """Updates of warm-up in a run of so many: a run cut short keeps the recipe's share.  base: 1500 of 160,000"""
+    return round(steps * RECIPES[preset]["warmup_steps"] / RECIPES[preset]["steps"])
+
+
 # --- arguments --------------------------------------------------------------------------------------------------------
 def recipe_for(preset, init="pretrain"):
     """One row of the recipe: by architecture, and whether it comes by way of ImageNet-21k."""
@@ -237,7 +242,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engine.add_run_args(p)
     p.add_argument("--init", default="pretrain", choices=["pretrain", "21k", "scratch"],
-                   help="start from OUT/pretrain.pt, a classifier of many classes (--checkpoint), or random weights")
+                   help="start from OUT/pretrain.pt, a classifier (OUT/finetune_21k.pt), or random weights")
     p.add_argument("--checkpoint", type=Path, help="start from this file, ours or released; --eval: the segmenter")
     p.add_argument("--eval", action="store_true", help="only measure OUT/segment.pt, or --checkpoint, on val images")
     p.add_argument("--multi-scale", action="store_true",
@@ -250,7 +255,7 @@ def parse_args(argv=None):
     g.add_argument("--layer-decay", type=float, help="rate of a block by the next one's; base: 0.75 (by 21k: 0.85)")
     g.add_argument("--weight-decay", type=float, help="base: 0.05")
     g.add_argument("--drop-path", type=float, help="stochastic depth, last block; base: 0.15")
-    g.add_argument("--warmup-steps", type=int, help="updates of linear warm-up; base: 1500 (the same share of --steps)")
+    g.add_argument("--warmup-steps", type=int, help="updates of linear warm-up; base: 1500 of 160,000, or that share")
     g.add_argument("--jitter", type=float, help="images are resized by 1/JITTER to JITTER before cropping; base: 2")
     args = p.parse_args(argv)
     if args.model not in RECIPES:
@@ -258,10 +263,10 @@ def parse_args(argv=None):
     if args.multi_scale and not args.eval:
         raise UserError("--multi-scale belongs to --eval: training measures at one scale")
     row = recipe_for(args.model, args.init)
-    if args.epochs is None and args.steps is not None:       # a run cut short keeps the recipe's share of warm-up
-        row["warmup_steps"] = round(args.steps * row["warmup_steps"] / row["steps"])
-    if args.epochs is not None:
-        row.pop("steps", None)
+    if args.steps is not None:
+        row["warmup_steps"] = warmup_of(args.model, args.steps)
+    elif args.epochs is not None:                            # train knows how many steps that makes
+        row = {k: v for k, v in row.items() if k not in ("steps", "warmup_steps")}
     facts = look_at_checkpoint(args, row["image_size"])
     row["image_size"] = facts["image_size"]
     args = engine.with_recipe(args, {args.model: row})
@@ -283,10 +288,9 @@ def look_at_checkpoint(args, crop):
         if args.checkpoint:
             raise UserError(f"--init scratch starts from random weights: leave out --checkpoint {args.checkpoint}")
         return facts
-    name = "segment" if args.eval else "pretrain"
-    remedy = f"make it with python {name}.py --model {args.model} --out {out}, or give --checkpoint FILE"
-    if args.init == "21k" and args.checkpoint is None and not args.eval:
-        raise UserError("--init 21k needs --checkpoint FILE, a classifier trained on ImageNet-21k, ours or released")
+    name = "segment" if args.eval else "finetune_21k" if args.init == "21k" else "pretrain"
+    script = "finetune.py --intermediate" if name == "finetune_21k" else f"{name}.py"
+    remedy = f"make it with python {script} --model {args.model} --out {out}, or give --checkpoint FILE"
     args.checkpoint = args.checkpoint or out / f"{name}.pt"
     if args.dry_run and not args.checkpoint.is_file():
         return facts
@@ -364,11 +368,12 @@ def confusion(predicted, labels, classes):
 
 
 def scores(matrix, background=False):
-    """Figures of a confusion matrix, in percent, and IoU (C,) and accuracy (C,) of every class.
+    """Figures of a confusion matrix, in percent, and IoU (C,) and accuracy (C,) of every class, on the CPU.
 
     IoU_c = pixels of c called c / pixels of c or called c; mIoU its mean over classes. A class that neither labels
     nor predictions hold has none (NaN) and stays out of the mean. a_acc: all pixels alike; m_acc: mean over classes."""
-    hit, of_class, called = matrix.diagonal().double(), matrix.sum(dim=1).double(), matrix.sum(dim=0).double()
+    matrix = matrix.cpu().double()                           # here, as mps has no float64
+    hit, of_class, called = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
     iou, acc = 100 * hit / (of_class + called - hit), 100 * hit / of_class
     figures = dict(miou=iou.nanmean().item(), m_acc=acc.nanmean().item(), a_acc=(100 * hit.sum() / matrix.sum()).item())
     if background:                                           # class 0 counts above, and is left out here
@@ -421,14 +426,20 @@ def draw(model, dataset, args, process, path, columns=10, cell=144):
 def train(args, process):
     resumed = engine.start_or_resume("segment", args, process)
     train_set, val_set = open_sets(args)
+    if resumed and resumed["classes"] != list(train_set.classes):
+        raise UserError(f"the classes of {args.data} are no longer those of the run in {args.out}: restore them, or "
+                        f"add --fresh")
     per_epoch = len(train_set) // args.batch_size
     if per_epoch == 0:
         raise UserError(f"{len(train_set)} training images do not fill one batch of {args.batch_size}: lower "
                         f"--batch-size")
     steps = args.steps or args.epochs * per_epoch
-    warmup = min(args.warmup_steps, steps - 1)
+    warmup = min(warmup_of(args.model, steps) if args.warmup_steps is None else args.warmup_steps, steps - 1)
     micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
     synchronised = process.world_size > 1 and process.device.type == "cuda"
+    # Differs from the recipe where a batch is accumulated: BatchNorm sees one part of the 16 images at a time (on CPUs,
+    # where nothing synchronises it, only this process's share of that).
+    seen = micro * process.world_size if synchronised else micro
     if micro < 2 and not synchronised:
         raise UserError("BatchNorm needs two images at once in every process: raise --micro-batch or --batch-size")
 
@@ -447,12 +458,14 @@ def train(args, process):
     log = engine.Log(args.out / "segment.jsonl", args, process, start, images=len(train_set), steps=steps,
                      chance=math.log(len(train_set.classes)))
     if process.rank == 0:
-        norm = "over all processes" if synchronised else f"over {micro} images"
         print(f"{count_parameters(model) / 1e6:.2f} M parameters, backbone from "
               f"{'random numbers' if report is None else f'{args.checkpoint} ({len(report.loaded)} tensors)'}\n"
               f"{len(train_set)} images, {len(train_set.classes)} classes, {steps} steps of {args.batch_size} = "
-              f"{process.world_size} processes x {accumulation} x {micro}; BatchNorm {norm}; "
+              f"{process.world_size} processes x {accumulation} x {micro}; BatchNorm over {seen} images; "
               f"layer decay {args.layer_decay}")
+        if accumulation > 1:
+            print(f"note: the batch is accumulated, and BatchNorm sees {seen} of its {args.batch_size} images at once: "
+                  f"raise --micro-batch if memory allows")
     batches = iter(data.make_loader(train_set, data.train_batches(
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
@@ -478,6 +491,8 @@ def train(args, process):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         last = step == steps - 1
+        # Differs from the recipe of the other stages, which looks at every loss: on log and save steps only, as looking
+        # waits for the GPU.
         if step % args.log_every == 0 or last:
             engine.check_finite(loss.item(), step, args)
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
@@ -530,8 +545,8 @@ def evaluate_file(args, process):
         raise UserError(f"{args.checkpoint} knows {classes} classes, {args.data} has {len(dataset.classes)}{other}: "
                         f"give the data of its training")
     result, iou, acc = evaluate(model.to(process.device), dataset, args, process)
-    tell(args, process, engine.Log(args.out / "segment_eval.jsonl", args, process), dataset.classes, result, iou, acc,
-         checkpoint=str(args.checkpoint), images=len(dataset))
+    log = engine.Log(args.out / "segment_eval.jsonl", args, process, append=True)
+    tell(args, process, log, dataset.classes, result, iou, acc, checkpoint=str(args.checkpoint), images=len(dataset))
     return result
 
 

@@ -129,7 +129,8 @@ def read_architecture(weights, stated=None, name="the checkpoint"):
     """ViT keyword arguments from names and shapes. Shapes cannot tell the sides of a non-square grid, nor the number of
     heads without a table; those come from `stated`, the arch that our own files hold (released ones are square)."""
     kind_of(weights, name)
-    weights, stated = strip_prefix(weights), stated or {}
+    # timm's training checkpoints have a string in that place, the name of their model.
+    weights, stated = strip_prefix(weights), stated if isinstance(stated, dict) else {}
     shape = {k: tuple(v.shape) for k, v in weights.items()}
     tables = [v for k, v in shape.items() if k.endswith(TABLE)]
     positions = shape.get("pos_embed")
@@ -243,6 +244,9 @@ def resize_relative_table(table, source_grid, target_grid):
     """
     if tuple(source_grid) == tuple(target_grid):
         return table
+    if len(table) != 3 + math.prod(2 * g - 1 for g in source_grid):
+        raise UserError(f"a position table has {len(table)} rows, too many or too few for {source_grid[0]}x"
+                        f"{source_grid[1]} patches: the file is damaged, or its `arch` is wrong")
     if min(source_grid) < 2:
         raise UserError(f"a grid of {source_grid[0]}x{source_grid[1]} patches has no offsets to interpolate between: "
                         f"keep the image size of these weights")
@@ -361,7 +365,8 @@ def examine(path):
     """Take a file apart and check it name by name, shape by shape. -> Contents; UserError for what does not belong."""
     file = read(path)
     raw, weights = unwrap(file), state_dict(file, str(path))
-    kind, stated, rest = kind_of(weights, path), file.get("arch") or {}, {}
+    kind, rest = kind_of(weights, path), {}
+    stated = file["arch"] if isinstance(file.get("arch"), dict) else {}
     arch = read_architecture(weights, stated, path)
     aside = {k: v for k, v in weights.items() if re.fullmatch(DEAD, k)}
     teacher = [k for k in weights if re.fullmatch(TEACHER, k)]
@@ -387,6 +392,8 @@ def examine(path):
     if raw is not file:
         aside |= file.get("released_only", {})
         rest = {k: v for k, v in file.items() if k not in (*STATE, *WRAPPERS, "kind", "arch", "released_only")}
+    if str(file.get("kind")).startswith(f"{kind}_"):         # finetune_21k: what no name tells
+        rest["our_kind"] = file["kind"]
     said = rest.get("args")                                  # a Namespace in released files, a dict in ours
     rest["args"] = vars(said) if isinstance(said, argparse.Namespace) else said if isinstance(said, dict) else {}
     layout = "ours" if "kind" in file else "timm" if raw is file else "released"
@@ -411,7 +418,9 @@ def convert(c, to):
     dropped = [k for k in c.weights if k not in weights]
     if to == "ours":
         aside = dict(released_only=c.aside) if c.aside else {}
-        return c.rest | aside | dict(kind=c.kind, arch=c.arch, model=weights), dropped
+        # Without source_hash: a stage takes a file that has one for the end of its own run.
+        rest = {k: v for k, v in c.rest.items() if k not in ("source_hash", "our_kind")}
+        return rest | aside | dict(kind=c.rest.get("our_kind", c.kind), arch=c.arch, model=weights), dropped
     if to == "timm":
         if c.kind in PREFIX:
             raise UserError(f"timm has no place for a {ABOUT[c.kind][0]}: use --to ours or --to released")
@@ -424,16 +433,23 @@ def convert(c, to):
         name, codes = "quantize.embedding", weights["quantize.embedding.weight"]
         full |= {f"{name}.cluster_size": torch.zeros(len(codes)), f"{name}.embed_avg": codes.clone(),
                  f"{name}.initted": torch.ones(1)} | c.aside             # 1: no k-means start on top of these codes
-    wrapped = dict(meta={}, state_dict=full) if c.kind == "segment" else dict(model=full)
+    wrapped = dict(model=full)
+    if c.kind == "segment":              # mmseg reads the names of the classes from meta
+        names = dict(CLASSES=tuple(c.rest["classes"])) if c.rest.get("classes") else {}
+        wrapped = dict(meta=names | (c.rest.get("meta") or {}), state_dict=full)
     # arch is ours: it tells what shapes cannot (heads without a table, unequal sides); the released code ignores it.
     return c.rest | dict(arch=c.arch, args=argparse.Namespace(**c.rest["args"])) | wrapped, dropped
 
 
 def timm_arguments(arch):
     """For timm.create_model("beitv2_base_patch16_224", ...): the model which the file of --to timm loads strictly."""
+    more = dict(use_abs_pos_emb=True, use_rel_pos_bias=False) if arch["positions"] == "absolute" else {}
+    more |= {} if arch["layer_scale"] else dict(init_values=0)           # None is left out by create_model
+    more |= {} if arch["mlp_ratio"] == 4 else dict(mlp_ratio=arch["mlp_ratio"])
+    more |= {} if arch["in_channels"] == 3 else dict(in_chans=arch["in_channels"])
     return dict(img_size=arch["image_size"], patch_size=arch["patch_size"], embed_dim=arch["width"],
                 depth=arch["depth"], num_heads=arch["heads"], num_classes=arch.get("num_classes", 0),
-                global_pool="avg" if arch["pool"] == "mean" else "token")
+                global_pool="avg" if arch["pool"] == "mean" else "token", **more)
 
 
 def describe(c, path):

@@ -207,6 +207,8 @@ def test_a_resumed_log_holds_no_step_twice(tmp_path):
     assert lines[0]["images"] == 5 and lines[0]["args"]["model"] == "tiny" and lines[1]["loss"] == 0.333333
     engine.Log(path, arguments(), ALONE)                     # a fresh start begins a fresh log
     assert len(path.read_text().splitlines()) == 1
+    engine.Log(path, arguments(), ALONE, append=True)(loss=1)            # a measurement adds to those before it
+    assert len(path.read_text().splitlines()) == 3
     engine.Log(tmp_path / "other.jsonl", arguments(), engine.Process(1, 2, None))(step=0)
     assert not (tmp_path / "other.jsonl").exists()           # only rank 0 writes
 

@@ -214,8 +214,20 @@ def test_a_head_is_kept_for_the_same_classes_and_begun_afresh_for_others(tmp_pat
     assert torch.equal(kept.head.weight, model.head.weight)
     for classes in (["ant", "bee", "fly"], ["ant", "bee"]):
         fresh, report = finetune.build(args, len(classes), classes)
-        assert report.missing == ["head.weight", "head.bias"] and fresh.head.weight.abs().max() < 1e-3
-        assert torch.equal(fresh.fc_norm.weight, model.fc_norm.weight)
+        assert report.missing == ["head.weight", "head.bias"] and 0 < fresh.head.weight.abs().max() < 1e-3
+        assert torch.equal(fresh.fc_norm.weight, model.fc_norm.weight) and "head.weight" not in report.loaded
+
+
+@pytest.mark.parametrize("pool, other", [("cls", "mean"), ("mean", "cls")])
+@pytest.mark.parametrize("classes", [["ant", "bee", "fly"], ["ant", "bee"]])
+def test_another_pooling_than_a_classifiers_is_refused_whatever_its_classes(tmp_path, pool, other, classes):
+    model = ViT(**TINY, pool=pool, num_classes=3)            # its norm was trained, so it must not be dropped silently
+    engine.write_file(tmp_path / "21k.pt", dict(model=model.state_dict(), classes=["cat", "cow", "dog"]))
+    run = ["--init", "21k", "--checkpoint", str(tmp_path / "21k.pt"), "--pool"]
+    with pytest.raises(UserError, match="trained with .* pooling"):
+        finetune.build(finetune.parse_args([*run, other]), len(classes), classes)
+    assert finetune.build(finetune.parse_args([*run, pool]), len(classes), classes)[1].missing == [
+        "head.weight", "head.bias"]
 
 
 def picture_folders(root, classes):
@@ -343,6 +355,17 @@ def test_a_killed_run_started_again_ends_with_the_same_bits_and_log(pretrained, 
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
     assert figures(whole / "finetune.jsonl") == figures(parts / "finetune.jsonl")
     assert not (parts / "finetune.resume.pt").exists()
+
+
+def test_a_run_does_not_go_on_with_other_classes(tmp_path):
+    for split in ("train", "val"):
+        picture_folders(tmp_path / "data" / split, "abc")
+    flags = [*QUICK, "--batch-size", "4", "--init", "scratch", "--data", str(tmp_path / "data"), "--out", str(tmp_path)]
+    args = finetune.parse_args(flags)
+    args.micro_batch = args.batch_size
+    engine.save_resume("finetune", args, engine.describe_run("finetune", args) | dict(classes=["a", "b", "d"], step=1))
+    with pytest.raises(UserError, match="classes of .*data are no longer those of the run in .*: restore .* --fresh"):
+        finetune.main(flags)
 
 
 def test_the_script_lowers_the_loss_and_its_file_says_what_it_is(pretrained, capsys):

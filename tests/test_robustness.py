@@ -117,6 +117,14 @@ def test_a_file_without_class_names_is_read_with_a_list_of_them(classifier, tmp_
     assert run(classifier, *bare, "--classes", tmp_path / "names") == run(classifier, "--data", tmp_path / "some")
 
 
+def test_a_second_measurement_is_added_to_the_first(classifier, tmp_path):
+    for name in ("one", "two"):
+        run(classifier, "--data", fill(tmp_path / name, NAMES[:2]))
+    lines = log_lines(classifier / "finetune_eval.jsonl")
+    assert [line["args"]["data"] for line in lines if "args" in line] == [[str(tmp_path / n)] for n in ("one", "two")]
+    assert len(lines) == 6 and lines[1]["data"] == str(tmp_path / "one")         # header, data set, summary; twice
+
+
 def test_unknown_and_missing_classes_are_named(classifier, tmp_path):
     fill(tmp_path / "odd", ["bee", "yak", "zebra"])
     with pytest.raises(UserError, match=r"odd has 2 classes that .*finetune.pt does not know \(yak, zebra\)"):
@@ -135,7 +143,8 @@ def test_unknown_and_missing_classes_are_named(classifier, tmp_path):
 
 @pytest.mark.parametrize("text, sentence", [
     ("\n".join(NAMES[:6]), "names 6 classes, .*finetune.pt has 7 logits"), ("bee\ncat\nbee", "a name twice"),
-    ("bee\n\ncat", "an empty line"), ('["bee", ', "cannot be read"), (None, "cannot be read")])
+    ("bee\n\ncat", "an empty line"), ("", "has no name"), ("[]", "has no name"), ('["bee", ', "cannot be read"),
+    (None, "cannot be read")])
 def test_a_bad_class_list_is_one_sentence(classifier, tmp_path, text, sentence):
     if text is not None:
         (tmp_path / "names").write_text(text)

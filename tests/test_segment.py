@@ -376,6 +376,8 @@ def test_a_folder_gives_pairs_and_a_sample_is_a_function_of_seed_epoch_and_index
     assert len(data.open_scenes(scenes, "val", classes=3, limit=2)) == 2
     (scenes / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tbuilding, edifice\n3\tsky\n")
     assert data.open_scenes(scenes, "val", classes=3).classes == ["wall", "building", "sky"]
+    (scenes / "objectInfo150.txt").write_bytes(b"Idx\tName\n1\tcaf\xe9\n2\tb\n3\tc\n")           # not UTF-8
+    assert data.open_scenes(scenes, "val", classes=3).classes == ["class 1", "class 2", "class 3"]
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage
@@ -388,11 +390,12 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-def test_a_killed_run_started_again_ends_with_the_same_bits_and_log(pretrained, monkeypatch):
+def test_a_killed_run_started_again_ends_with_the_same_bits_and_log(pretrained, monkeypatch, capsys):
     flags = QUICK + ["--steps", "5", "--log-every", "1", "--save-every", "2", "--micro-batch", "4", "--jitter", "1.5",
                      "--drop-path", "0.3", "--checkpoint", str(pretrained / "pretrain.pt")]
     whole, parts = pretrained / "whole", pretrained / "parts"
     segment.main(flags + ["--out", str(whole)])
+    assert "BatchNorm sees 4 of its 8 images" in capsys.readouterr().out
 
     save = engine.save_resume
 
@@ -408,6 +411,28 @@ def test_a_killed_run_started_again_ends_with_the_same_bits_and_log(pretrained, 
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
     assert figures(whole / "segment.jsonl") == figures(parts / "segment.jsonl")
     assert not (parts / "segment.resume.pt").exists()
+
+
+def test_a_run_does_not_go_on_with_other_classes(scenes, tmp_path):
+    flags = [*QUICK, "--batch-size", "4", "--init", "scratch", "--data", str(scenes), "--classes", "3"]
+    args = segment.parse_args([*flags, "--out", str(tmp_path)])
+    args.micro_batch = args.batch_size
+    engine.save_resume("segment", args, engine.describe_run("segment", args) | dict(classes=["a", "b", "c"], step=1))
+    with pytest.raises(UserError, match="classes of .*ade are no longer those of the run in .*: restore .* --fresh"):
+        segment.main([*flags, "--out", str(tmp_path)])
+
+
+def test_a_run_of_few_epochs_keeps_the_share_of_warm_up(tmp_path, monkeypatch):
+    seen, scratch = [], ["--init", "scratch", "--out", str(tmp_path)]
+
+    def look(step, base, total, warmup):
+        seen.append((total, warmup))
+        raise Killed
+    monkeypatch.setattr(segment, "poly_schedule", look)
+    for flags in (["--epochs", "10"], ["--steps", "30"], ["--epochs", "10", "--warmup-steps", "7"]):
+        with pytest.raises(Killed):
+            segment.main([*QUICK, *scratch, *flags])
+    assert seen == [(30, 3), (30, 3), (30, 7)]               # 24 images, 8 a step; a tenth for tiny
 
 
 @pytest.mark.slow
@@ -433,7 +458,10 @@ def test_the_script_lowers_the_loss_and_its_file_says_what_it_is(pretrained, cap
     assert finished.value.code == 0 and "already done" in capsys.readouterr().out
     result = segment.main([*QUICK, "--out", str(pretrained), "--eval"])
     assert result == pytest.approx(file["result"])
+    before = log_lines(pretrained / "segment_eval.jsonl")
     assert segment.main([*QUICK, "--limit", "4", "--out", str(pretrained), "--eval", "--multi-scale"])["a_acc"] > 0
+    lines = log_lines(pretrained / "segment_eval.jsonl")     # the second measurement is added to the first
+    assert lines[:len(before)] == before and ["args" in line for line in lines] == [True, False, True, False]
     with pytest.raises(UserError, match="--image-size 64: .* reads windows of 48 px"):
         segment.main([*QUICK, "--out", str(pretrained), "--eval", "--image-size", "64"])
     with pytest.raises(UserError, match="is a segmenter already"):
@@ -441,12 +469,14 @@ def test_the_script_lowers_the_loss_and_its_file_says_what_it_is(pretrained, cap
 
 
 @pytest.mark.slow
-def test_a_folder_trains_and_its_images_of_all_sizes_count_once(scenes, tmp_path):
+def test_a_folder_trains_and_its_images_of_all_sizes_count_once(scenes, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(segment, "scores", lambda matrix, *rest: counted.append(matrix) or scores(matrix, *rest))
     result = segment.main([*QUICK, "--batch-size", "4", "--data", str(scenes), "--classes", "3", "--init", "scratch",
                            "--steps", "2", "--out", str(tmp_path / "out"), "--jitter", "2"])
     pixels = sum((40 + 9 * i) * (90 - 7 * i) for i in range(3))
     known = sum(int((data.open_scenes(scenes, "val", classes=3)[i][1] != IGNORE).sum()) for i in range(3))
-    assert known < pixels and 0 <= result["miou"] <= 100
+    assert known < pixels and counted[-1].sum() == known and 0 <= result["miou"] <= 100
     again = segment.main([*QUICK, "--data", str(scenes), "--eval", "--out", str(tmp_path / "out")])
     assert again == pytest.approx(result)                    # --classes is read from the file
     with pytest.raises(UserError, match="knows 3 classes, shapes has 11"):
@@ -457,7 +487,11 @@ def test_a_folder_trains_and_its_images_of_all_sizes_count_once(scenes, tmp_path
 def test_two_processes_start_as_one_does_and_agree_on_their_statistics(pretrained):
     run = [*QUICK, "--limit", 33, "--steps", 3, "--log-every", 1, "--drop-path", 0]
     run += ["--checkpoint", pretrained / "pretrain.pt"]
-    stage("segment.py", *run, "--out", pretrained / "two", processes=2)
+    for name, processes in (("one", 1), ("two", 2)):
+        stage("segment.py", *run, "--out", pretrained / name, processes=processes)
+    one, two = ([line["loss"] for line in log_lines(pretrained / name / "segment.jsonl") if "lr" in line]
+                for name in ("one", "two"))
+    assert one != two and two == pytest.approx(one, rel=0.1)         # of the first half of each batch in place of all
     two = engine.read_file(pretrained / "two" / "segment.pt")
     assert all(torch.isfinite(v).all() for v in two["model"].values())
     # Evaluation alone: rank 0's file, so equal figures only if the ranks had equal statistics.
@@ -468,7 +502,7 @@ def test_two_processes_start_as_one_does_and_agree_on_their_statistics(pretraine
 # --------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("flags, sentence", [
     ([], "there is no file .*pretrain.pt; make it with python pretrain.py"),
-    (["--init", "21k"], "--init 21k needs --checkpoint"),
+    (["--init", "21k"], "there is no file .*finetune_21k.pt; make it with python finetune.py --intermediate --model"),
     (["--init", "scratch", "--checkpoint", "x.pt"], "leave out --checkpoint"),
     (["--init", "scratch", "--model", "huge"], "--model huge"),
     (["--init", "scratch", "--image-size", "50"], "50x50 is not a multiple of the patch size 8"),
@@ -542,3 +576,5 @@ def test_a_mistake_exits_with_code_2_and_no_traceback(tmp_path):
 def test_dry_run_needs_neither_data_nor_checkpoint(tmp_path, capsys):
     assert segment.main(["--data", "/nowhere", "--dry-run", "--out", str(tmp_path)]) is None
     assert "layer_decay        0.75" in capsys.readouterr().out
+    assert segment.main(["--init", "21k", "--data", "/nowhere", "--dry-run", "--out", str(tmp_path)]) is None
+    assert "finetune_21k.pt" in capsys.readouterr().out

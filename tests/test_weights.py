@@ -231,6 +231,11 @@ def test_resizing_to_the_same_grid_changes_nothing():
     assert torch.equal(resize_pos_embed(positions, (4, 5), (4, 5)), positions)
 
 
+def test_a_table_of_another_grid_than_stated_is_refused():
+    with pytest.raises(UserError, match="has 52 rows, .* 4x5 patches"):
+        resize_relative_table(torch.zeros(52, 2), (4, 5), (6, 7))
+
+
 def test_the_three_cls_rows_are_copied_and_offset_zero_stays():
     table = torch.randn(7 * 9 + 3, 2)
     resized = resize_relative_table(table, (4, 5), (6, 7))
@@ -287,6 +292,7 @@ def test_a_released_file_goes_to_ours_and_back_bit_for_bit(tmp_path, name, capsy
     assert same_tensors(weights.unwrap(back), kept)
     assert vars(back["args"]) == ARGS and "kind" not in back
     assert ("state_dict" in back) == (ours["kind"] == "segment")
+    assert back.get("meta") == (dict(CLASSES=("wall", "sky"), time="now") if name == "UPerNet" else None)
     again = convert(tmp_path / "back.pth", tmp_path / "again.pt", "ours")
     assert same_tensors(again["model"], ours["model"]) and again["arch"] == ours["arch"]
     said = capsys.readouterr().out
@@ -316,7 +322,7 @@ def test_our_own_files_come_back_with_all_they_say(tmp_path):
     arch = dict(image_size=32, patch_size=8, width=64, depth=2, heads=4, positions="absolute", layer_scale=0)
     for kind, state, arch, more in (
             ("vqkd", tok.state_dict(), arch, dict(args=dict(codes=16, out="runs/tiny"), result=dict(cosine=0.5))),
-            ("finetune", vit.state_dict(), SIZES | dict(image_size=(32, 48)), dict(args={}, classes=["a", "b", "c"]))):
+            ("finetune_21k", vit.state_dict(), SIZES | dict(image_size=(32, 48)), dict(args={}, classes=list("abc")))):
         ours = dict(kind=kind, model=randomise(state), arch=arch, commit="unknown", **more)
         torch.save(ours, tmp_path / f"{kind}.pt")
         convert(tmp_path / f"{kind}.pt", tmp_path / f"{kind}.pth", "released")
@@ -325,6 +331,20 @@ def test_our_own_files_come_back_with_all_they_say(tmp_path):
         assert back.pop("arch").items() >= ours.pop("arch").items()
         assert back.items() >= ours.items()
     assert vqkd.load_tokenizer(tmp_path / "vqkd2.pt").encoder.heads == 4
+
+
+def test_a_converted_file_is_not_taken_for_a_finished_run(tmp_path):
+    torch.save(dict(kind="finetune", model=finetuned(), arch=SIZES, args={}, source_hash={}), tmp_path / "made.pt")
+    convert(tmp_path / "made.pt", tmp_path / "finetune.pt", "ours")
+    with pytest.raises(UserError, match="finetune.pt was made by another command"):
+        engine.start_or_resume("finetune", argparse.Namespace(out=tmp_path, fresh=False), engine.Process(0, 1, "cpu"))
+
+
+def test_timms_own_training_checkpoints_state_their_arch_as_a_word(tmp_path):
+    torch.save(dict(arch="beitv2_base_patch16_224", state_dict=finetuned(), epoch=3), tmp_path / "timm.pth")
+    model, *_ = load_backbone(tmp_path / "timm.pth", num_classes=None)
+    ours = convert(tmp_path / "timm.pth", tmp_path / "ours.pt", "ours")
+    assert ours["arch"]["depth"] == model.depth == 2 and same_tensors(ours["model"], model.state_dict())
 
 
 def test_the_released_code_gets_the_dead_entries_it_asks_for(tmp_path):
@@ -356,6 +376,15 @@ def test_timm_loads_our_file_strictly_and_says_the_same_as_we_do(tmp_path, name,
     assert same_tensors(back["model"], state)
     again, _, report = load_backbone(tmp_path / "back.pt", pool=None, num_classes=None if "ft" in name else 0)
     assert report.missing == report.unexpected == [] and same_tensors(again.state_dict(), ours.state_dict())
+
+
+def test_timm_is_told_of_absolute_positions_no_layer_scale_and_other_sizes(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = ViT(**SIZES, positions="absolute", layer_scale=0.0, mlp_ratio=2.0, in_channels=1, num_classes=5)
+    torch.save(dict(kind="finetune", model=randomise(model.state_dict()), arch=SIZES), tmp_path / "ours.pt")
+    state = convert(tmp_path / "ours.pt", tmp_path / "timm.pth", "timm")
+    options = weights.timm_arguments(weights.examine(tmp_path / "ours.pt").arch)
+    timm.create_model("beitv2_base_patch16_224", **options).load_state_dict(state, strict=True)
 
 
 def test_pretraining_goes_to_timm_with_its_table_in_every_block_and_without_its_heads(tmp_path, capsys):
@@ -502,8 +531,11 @@ def test_from_the_shell_an_error_is_one_sentence_and_exit_code_2(tmp_path):
 def test_what_segment_py_writes_is_known_name_by_name(tmp_path):
     segment = pytest.importorskip("segment")
     model = segment.UPerNet(ViT(**SIZES | dict(depth=12), pool=None), 7, 16)
-    torch.save(dict(kind="segment", model=model.state_dict(), arch=SIZES | dict(depth=12)), tmp_path / "segment.pt")
-    state = convert(tmp_path / "segment.pt", tmp_path / "released.pth", "released")["state_dict"]
+    torch.save(dict(kind="segment", model=model.state_dict(), arch=SIZES | dict(depth=12), classes=list("abcdefg")),
+               tmp_path / "segment.pt")
+    back = convert(tmp_path / "segment.pt", tmp_path / "released.pth", "released")
+    state = back["state_dict"]
+    assert back["meta"] == dict(CLASSES=tuple("abcdefg"))
     assert same_tensors({k: v for k, v in state.items() if not k.endswith("_index")}, model.state_dict())
 
 
