@@ -344,11 +344,10 @@ def evaluate(model, dataset, args, process, columns=None):
     workers = 0 if isinstance(dataset, data.Shapes) else args.workers            # shapes need no decoding
     for images, labels in data.make_loader(dataset, batches, workers, process.device):
         images, labels = engine.to_float(images, process.device), labels.to(process.device)
-        # Differs from the recipe, which evaluates in float16, with three bits more: in bf16 the best logits tie more
-        # often, and topk settles it. --amp no measures without ties.
         with engine.autocast(process.device, args.amp):
-            logits = model(imagenet_normalize(images))
-        counts = F.cross_entropy(logits.float(), labels, reduction="sum"), labels.new_tensor(len(labels))
+            vectors = model.pooled(imagenet_normalize(images))
+        logits = model.head(vectors.float())                 # in float32: bf16 logits tie, and topk would settle it
+        counts = F.cross_entropy(logits, labels, reduction="sum"), labels.new_tensor(len(labels))
         few = logits if columns is None else restrict(logits, columns)
         totals += torch.stack([*counts, *hits(logits, labels), *hits(few, labels)]).to(exact)
     model.train()

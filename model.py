@@ -248,14 +248,19 @@ class ViT(nn.Module):
                 outputs[i] = x
         return [outputs[i] for i in wanted]
 
+    def pooled(self, x):
+        """What the head reads of normalised images: one vector (B, D) each."""
+        x, = self.features(x, blocks=[-1])
+        if self.pool == "mean":
+            return self.fc_norm(x[:, 1:].mean(dim=1))        # mean over patches first, LayerNorm after
+        return self.norm(x)[:, 0]
+
     def forward(self, x):
         """Class logits (B, num_classes) where there is a head, else normalised tokens (B, T, D). x is normalised."""
+        if self.num_classes > 0:
+            return self.head(self.pooled(x))
         x, = self.features(x, blocks=[-1])
-        if self.num_classes == 0:
-            return self.fc_norm(x) if self.pool == "mean" else self.norm(x)
-        if self.pool == "mean":
-            return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))         # mean over patches first, LayerNorm after
-        return self.head(self.norm(x)[:, 0])
+        return self.fc_norm(x) if self.pool == "mean" else self.norm(x)
 
     def attention_weights(self, x, block=-1):
         """Attention of one block (B, H, T, T), each row summing to 1; nothing is masked."""
