@@ -1,4 +1,4 @@
-"""Tables of results/downstream.md from the logs of results/downstream.sh: segmentation, and robustness to shifted shapes.
+"""Tables of results/downstream.md from the logs of results/downstream.sh: segmentation, robustness to shifted shapes.
 
     python results/downstream.py            # reads runs/*/, writes results/downstream.md below its marker and .jsonl
 """
