@@ -240,7 +240,8 @@ def commonest_codes(tokenizer, dataset, args, process, most=4096):
 def evaluate(model, tokenizer, dataset, commonest, args, process):
     """Losses, both heads' accuracies and those of the two trivial guessers, in percent, over all hidden patches."""
     model.eval()
-    totals = torch.zeros(7, dtype=torch.double, device=process.device)
+    exact = torch.float if process.device.type == "mps" else torch.double        # mps has no float64
+    totals = torch.zeros(7, dtype=exact, device=process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     for (views, mask), _ in data.make_loader(dataset, batches, args.workers, process.device):
         images, tokenizer_images = views_to_device(views, process.device)
@@ -253,7 +254,7 @@ def evaluate(model, tokenizer, dataset, commonest, args, process):
             logits.argmax(-1), logits.argmax(-1) if logits_cls is None else logits_cls.argmax(-1),
             commonest.expand_as(z)[mask], nearest_visible_code(z, mask, model.grid)[mask])]
         m = mask.sum()
-        totals += torch.stack([loss_mim * m, loss_cls * m, *hits, m]).double()
+        totals += torch.stack([loss_mim * m, loss_cls * m, *hits, m]).to(exact)
     model.train()
     *sums, n = engine.all_reduce_sum(totals).tolist()
     loss_mim, loss_cls = sums[0] / n, sums[1] / n
@@ -268,8 +269,8 @@ def train(args, process):
     resumed = engine.start_or_resume("pretrain", args, process)
     if not args.tokenizer.is_file():
         size = "base" if args.model == "large" else args.model           # the paper's one tokenizer serves both
-        raise engine.UserError(f"there is no tokenizer {args.tokenizer}: make it with python vqkd.py --model {size}, or "
-                               f"give --tokenizer FILE, ours or a released one")
+        raise engine.UserError(f"there is no tokenizer {args.tokenizer}: make it with python vqkd.py --model {size}, "
+                               f"or give --tokenizer FILE, ours or a released one")
     tokenizer = load_tokenizer(args.tokenizer, process.device)
     grid = (args.image_size // args.patch_size,) * 2
     if tokenizer.encoder.grid != grid:

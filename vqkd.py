@@ -352,7 +352,8 @@ def evaluate(model, teacher, dataset, args, process):
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     dims = dict(zip(teacher.names, teacher.dims))
     names = ["images", "cosine", "commit", "distance"] + [f"cosine_{name}" for name in dims if len(dims) > 1]
-    totals = torch.zeros(len(names), dtype=torch.double, device=process.device)
+    exact = torch.float if process.device.type == "mps" else torch.double        # mps has no float64
+    totals = torch.zeros(len(names), dtype=exact, device=process.device)
     counts = torch.zeros(args.codes, device=process.device)
     for batch, _ in data.make_loader(dataset, batches, args.workers, process.device):
         with engine.autocast(process.device, args.amp):
