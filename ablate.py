@@ -273,7 +273,8 @@ def write_table(seeds, out):
         for key, (_, digits) in COLUMNS.items():
             values = [r[key] for r in results[row.name].values() if key in r]
             mean, error = mean_and_error(values) if values else (None, None)
-            cells.append("--" if mean is None else f"{mean:.{digits}f} ± {error:.{digits}f}")
+            spread = "" if not values or math.isnan(error) else f" ± {error:.{digits}f}"
+            cells.append("--" if mean is None else f"{mean:.{digits}f}{spread}")
         lines.append(f"| {row.name} | {len(results[row.name])} | " + " | ".join(cells) + " |")
     lines += ["", "| expected | column | here: difference, seed by seed | verdict |", "|---|---|---|---|"]
     for row in done:
