@@ -351,13 +351,17 @@ def find_images(folder):
                   if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith("."))
 
 
+def class_folders(folder):
+    """Names of the folders in `folder`, sorted, hidden ones left out; none where there is no such folder."""
+    entries = os.scandir(folder) if os.path.isdir(folder) else []
+    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
 def find_classes(root):
     """The class folders of root/train, sorted; root/val must have the same ones."""
     found = {}
     for split in ("train", "val"):
-        folder = os.path.join(root, split)
-        entries = os.scandir(folder) if os.path.isdir(folder) else []
-        found[split] = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found[split] = class_folders(os.path.join(root, split))
         if not found[split]:
             raise UserError(f"{root} has no class folders {split}/CLASS/*, which give the labels: put the images there")
     odd = sorted(set(found["train"]) ^ set(found["val"]))
@@ -410,6 +414,19 @@ class Folder(Images):
 
     def __len__(self):
         return len(self.paths)
+
+
+def open_class_folders(root, transform=None, seed=0, limit=None):
+    """Labelled images of root/CLASS/*, without another split beside them (ImageNet-A, 21k). `limit` spreads over all
+    images, and takes no class away."""
+    classes, first = class_folders(root), len(os.path.join(root, ""))
+    dataset = Folder(root, None, transform, seed, limit, labelled=False)
+    folders, number = [path[first:].split(os.sep)[0] for path in dataset.names], {c: i for i, c in enumerate(classes)}
+    if stray := set(folders) - set(classes):
+        raise UserError(f"{root} has {'images outside its' if classes else 'no'} class folders, which give the labels "
+                        f"({min(stray)}): put them into {root}/CLASS/*")
+    dataset.labels, dataset.classes = torch.tensor([number[folder] for folder in folders]), classes
+    return dataset
 
 
 def open_images(path, transform=None):

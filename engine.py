@@ -108,11 +108,16 @@ def check_ranges(args, ranges):
             raise UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {value}")
 
 
+def steps_per_epoch(images, batch_size):
+    """An incomplete last batch of an epoch is dropped."""
+    if images < batch_size:
+        raise UserError(f"{images} training images do not fill one batch of {batch_size}: lower --batch-size")
+    return images // batch_size
+
+
 def resolve_steps(args, images):
-    """-> (steps, warmup_steps, steps_per_epoch). An incomplete last batch of an epoch is dropped."""
-    per_epoch = images // args.batch_size
-    if per_epoch == 0:
-        raise UserError(f"{images} training images do not fill one batch of {args.batch_size}: lower --batch-size")
+    """-> (steps, warmup_steps, steps_per_epoch)"""
+    per_epoch = steps_per_epoch(images, args.batch_size)
     steps = args.steps or args.epochs * per_epoch            # a run cut short keeps the recipe's share of warm-up:
     warmup = round(args.steps * args.warmup_epochs / args.epochs) if args.steps else args.warmup_epochs * per_epoch
     return steps, min(warmup, steps - 1), per_epoch
@@ -164,6 +169,11 @@ def all_reduce_sum(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def zeros_to_sum(n, device):
+    """Where n numbers are added up over a data set: float64, but on mps, which has none."""
+    return torch.zeros(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def autocast(device, amp):

@@ -233,12 +233,7 @@ def look_at_checkpoint(args):
     args.checkpoint = args.checkpoint or out / "pretrain.pt"
     if args.dry_run and not args.checkpoint.is_file():
         return facts
-    checkpoint = engine.read_file(args.checkpoint, remedy=remedy)
-    state = weights.state_dict(checkpoint, str(args.checkpoint))
-    arch, kind = weights.read_architecture(state, checkpoint.get("arch"), str(args.checkpoint)), weights.kind_of(state)
-    if arch["width"] != preset["width"]:
-        raise UserError(f"{args.checkpoint} has width {arch['width']}, --model {args.model} has {preset['width']}: "
-                        f"give the --model it was made with")
+    checkpoint, kind, arch = weights.look_at(args.checkpoint, args.model, remedy)
     if not args.eval and (kind == "finetune") != (args.init == "21k"):
         remedy = ("is a classifier already: use --init 21k to go on from it" if kind == "finetune" else
                   "is no classifier: use --init pretrain")
@@ -246,9 +241,7 @@ def look_at_checkpoint(args):
     sizes = {arch["image_size"]} if isinstance(arch["image_size"], int) else set(arch["image_size"])
     if len(sizes) > 1 and args.image_size is None:
         raise UserError(f"{args.checkpoint} was trained on images of {arch['image_size']}: choose one --image-size")
-    said = checkpoint.get("args")                            # a Namespace in released files, a dict in ours
-    said = vars(said) if isinstance(said, argparse.Namespace) else said if isinstance(said, dict) else {}
-    epochs = checkpoint.get("epochs", said.get("epochs"))
+    epochs = checkpoint.get("epochs", weights.arguments(checkpoint).get("epochs"))
     return dict(epochs=epochs, image_size=max(sizes), patch_size=arch["patch_size"])
 
 
@@ -295,15 +288,7 @@ def open_set(name, split, transform, args, alone=False):
         return data.open_data(name, split, transform, data_dir=args.data_dir, download=args.download, limit=args.limit,
                               seed=args.seed)
     root = os.path.join(name, split) if os.path.isdir(os.path.join(name, split)) else name
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    dataset = data.Folder(root, None, transform, args.seed, args.limit, labelled=False)
-    number, first = {name: i for i, name in enumerate(classes)}, len(os.path.join(root, ""))
-    folders = [path[first:].split(os.sep)[0] for path in dataset.names]
-    if stray := set(folders) - set(classes):
-        raise UserError(f"{root} has {'images outside its' if classes else 'no'} class folders, which give the labels "
-                        f"({min(stray)}): put them into {root}/CLASS/*")
-    dataset.labels, dataset.classes = torch.tensor([number[folder] for folder in folders]), classes
-    return dataset
+    return data.open_class_folders(root, transform, args.seed, args.limit)
 
 
 def open_sets(args):
@@ -338,8 +323,7 @@ def evaluate(model, dataset, args, process, columns=None):
     """Cross-entropy (no smoothing), top-1 and top-5 in percent, with `columns` also those among these logits only
     (restricted_*). Every image counts once, over all processes."""
     model.eval()
-    exact = torch.float if process.device.type == "mps" else torch.double        # mps has no float64
-    totals = torch.zeros(6, dtype=exact, device=process.device)
+    totals = engine.zeros_to_sum(6, process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     workers = 0 if isinstance(dataset, data.Shapes) else args.workers            # shapes need no decoding
     for images, labels in data.make_loader(dataset, batches, workers, process.device):
@@ -349,7 +333,7 @@ def evaluate(model, dataset, args, process, columns=None):
         logits = model.head(vectors.float())                 # in float32: bf16 logits tie, and topk would settle it
         counts = F.cross_entropy(logits, labels, reduction="sum"), labels.new_tensor(len(labels))
         few = logits if columns is None else restrict(logits, columns)
-        totals += torch.stack([*counts, *hits(logits, labels), *hits(few, labels)]).to(exact)
+        totals += torch.stack([*counts, *hits(logits, labels), *hits(few, labels)]).to(totals.dtype)
     model.train()
     loss, n, *correct = engine.all_reduce_sum(totals).tolist()
     names = ("top1", "top5") + (() if columns is None else ("restricted_top1", "restricted_top5"))

@@ -240,8 +240,7 @@ def commonest_codes(tokenizer, dataset, args, process, most=4096):
 def evaluate(model, tokenizer, dataset, commonest, args, process):
     """Losses, both heads' accuracies and those of the two trivial guessers, in percent, over all hidden patches."""
     model.eval()
-    exact = torch.float if process.device.type == "mps" else torch.double        # mps has no float64
-    totals = torch.zeros(7, dtype=exact, device=process.device)
+    totals = engine.zeros_to_sum(7, process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     for (views, mask), _ in data.make_loader(dataset, batches, args.workers, process.device):
         images, tokenizer_images = views_to_device(views, process.device)
@@ -254,7 +253,7 @@ def evaluate(model, tokenizer, dataset, commonest, args, process):
             logits.argmax(-1), logits.argmax(-1) if logits_cls is None else logits_cls.argmax(-1),
             commonest.expand_as(z)[mask], nearest_visible_code(z, mask, model.grid)[mask])]
         m = mask.sum()
-        totals += torch.stack([loss_mim * m, loss_cls * m, *hits, m]).to(exact)
+        totals += torch.stack([loss_mim * m, loss_cls * m, *hits, m]).to(totals.dtype)
     model.train()
     *sums, n = engine.all_reduce_sum(totals).tolist()
     loss_mim, loss_cls = sums[0] / n, sums[1] / n

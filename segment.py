@@ -294,17 +294,11 @@ def look_at_checkpoint(args, crop):
     args.checkpoint = args.checkpoint or out / f"{name}.pt"
     if args.dry_run and not args.checkpoint.is_file():
         return facts
-    checkpoint = engine.read_file(args.checkpoint, remedy=remedy)
-    state = weights.state_dict(checkpoint, str(args.checkpoint))
-    kind = weights.kind_of(state, str(args.checkpoint))
+    _, kind, arch = weights.look_at(args.checkpoint, args.model, remedy)
     if args.eval != (kind == "segment"):
         wrong = ("is no segmenter: train one with python segment.py" if args.eval else
                  "is a segmenter already: measure it with --eval, or start from a backbone")
         raise UserError(f"{args.checkpoint} {wrong}")
-    arch = weights.read_architecture(state, checkpoint.get("arch"), str(args.checkpoint))
-    if arch["width"] != preset["width"]:
-        raise UserError(f"{args.checkpoint} has width {arch['width']}, --model {args.model} has {preset['width']}: "
-                        f"give the --model it was made with")
     if not args.eval and (kind == "finetune") != (args.init == "21k"):
         wrong = "no classifier: use --init pretrain" if args.init == "21k" else "a classifier: start with --init 21k"
         raise UserError(f"{args.checkpoint} is {wrong}")
@@ -429,10 +423,7 @@ def train(args, process):
     if resumed and resumed["classes"] != list(train_set.classes):
         raise UserError(f"the classes of {args.data} are no longer those of the run in {args.out}: restore them, or "
                         f"add --fresh")
-    per_epoch = len(train_set) // args.batch_size
-    if per_epoch == 0:
-        raise UserError(f"{len(train_set)} training images do not fill one batch of {args.batch_size}: lower "
-                        f"--batch-size")
+    per_epoch = engine.steps_per_epoch(len(train_set), args.batch_size)
     steps = args.steps or args.epochs * per_epoch
     warmup = min(warmup_of(args.model, steps) if args.warmup_steps is None else args.warmup_steps, steps - 1)
     micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)

@@ -48,9 +48,6 @@ def build_teacher(name, grid, patch_size, device):
     It says who it is: name, names and dims (one short label and one width per teacher joined by +), dim = sum(dims).
     """
     parts = split_names(name)
-    twice = [part for i, part in enumerate(parts) if PAPER.get(part, part) in [PAPER.get(p, p) for p in parts[:i]]]
-    if twice:
-        raise engine.UserError(f"--teacher {name} has {twice[0]} twice: name each teacher once")
     built = [build_one(part, (grid[0], grid[1]), patch_size, device) for part in parts]
     teacher = built[0] if len(built) == 1 else SideBySide(built)
     # Labels for log lines: clip, dino, hog, pixel, else the model's name; numbered where two have the same.
@@ -62,7 +59,11 @@ def build_teacher(name, grid, patch_size, device):
 
 def split_names(name):
     """"clip+dino" -> ["clip", "dino"]. Only a + before the name of a teacher splits: that of a file may hold one."""
-    return re.split(r"\+(?=(?:clip|dino|hog|pixel)(?:\+|$)|open_clip:|timm:)", name)
+    parts = re.split(r"\+(?=(?:clip|dino|hog|pixel)(?:\+|$)|open_clip:|timm:)", name)
+    twice = [part for i, part in enumerate(parts) if PAPER.get(part, part) in [PAPER.get(p, p) for p in parts[:i]]]
+    if twice:
+        raise engine.UserError(f"--teacher {name} has {twice[0]} twice: name each teacher once")
+    return parts
 
 
 def build_one(name, grid, patch_size, device):

@@ -352,8 +352,7 @@ def evaluate(model, teacher, dataset, args, process):
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     dims = dict(zip(teacher.names, teacher.dims))
     names = ["images", "cosine", "commit", "distance"] + [f"cosine_{name}" for name in dims if len(dims) > 1]
-    exact = torch.float if process.device.type == "mps" else torch.double        # mps has no float64
-    totals = torch.zeros(len(names), dtype=exact, device=process.device)
+    totals = engine.zeros_to_sum(len(names), process.device)
     counts = torch.zeros(args.codes, device=process.device)
     for batch, _ in data.make_loader(dataset, batches, args.workers, process.device):
         with engine.autocast(process.device, args.amp):
@@ -546,10 +545,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         # The teacher's width is all that is wanted of it: known for the two of the paper, free of cost for ours.
-        known = {"clip": (512,), "dino": (768,), "clip+dino": (512, 768)}
-        grid = (args.image_size // args.patch_size,) * 2
-        model = build(args, known.get(args.teacher) or teachers.build_teacher(
-            args.teacher, grid, args.patch_size, torch.device("cpu")).dims)
+        known, grid = dict(clip=512, dino=768), (args.image_size // args.patch_size,) * 2
+        model = build(args, [known.get(name) or teachers.build_one(name, grid, args.patch_size, "cpu").dim
+                             for name in teachers.split_names(args.teacher)])
         print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters; {model.encoder.num_patches} patches per image; "
               f"{args.codes} codes of {args.code_dim} numbers; {args.batch_size} images per update")

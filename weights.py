@@ -92,6 +92,23 @@ def unwrap(checkpoint):
     return next((checkpoint[k] for k in WRAPPERS if isinstance(checkpoint.get(k), dict)), checkpoint)
 
 
+def arguments(checkpoint):
+    """What a file was made with: a Namespace in released files, a dict in ours. -> dict, empty where it does not say"""
+    said = checkpoint.get("args")
+    return vars(said) if isinstance(said, argparse.Namespace) else said if isinstance(said, dict) else {}
+
+
+def look_at(path, preset, remedy=""):
+    """-> (checkpoint, kind, arch) of a file that a stage is to start from; UserError where --model is another one."""
+    checkpoint = engine.read_file(path, remedy=remedy)
+    state = state_dict(checkpoint, str(path))
+    kind, arch = kind_of(state, str(path)), read_architecture(state, checkpoint.get("arch"), str(path))
+    if arch["width"] != PRESETS[preset]["width"]:
+        raise UserError(f"{path} has width {arch['width']}, --model {preset} has {PRESETS[preset]['width']}: "
+                        f"give the --model it was made with")
+    return checkpoint, kind, arch
+
+
 def state_dict(checkpoint, name="the checkpoint"):
     """The tensors by name, wherever the checkpoint keeps them. Index buffers of released files follow from the grid."""
     weights = {k: v for k, v in unwrap(checkpoint).items() if not str(k).endswith(INDEX)}
@@ -394,8 +411,7 @@ def examine(path):
         rest = {k: v for k, v in file.items() if k not in (*STATE, *WRAPPERS, "kind", "arch", "released_only")}
     if str(file.get("kind")).startswith(f"{kind}_"):         # finetune_21k: what no name tells
         rest["our_kind"] = file["kind"]
-    said = rest.get("args")                                  # a Namespace in released files, a dict in ours
-    rest["args"] = vars(said) if isinstance(said, argparse.Namespace) else said if isinstance(said, dict) else {}
+    rest["args"] = arguments(rest)
     layout = "ours" if "kind" in file else "timm" if raw is file else "released"
     return Contents(layout, kind, arch | stated, weights, aside, rest, teacher + [k for k in STATE if k in file])
 
