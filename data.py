@@ -10,6 +10,7 @@ So the number of workers or processes and a killed run change nothing, and resum
 Read in this order: Images, draw_shapes, Cifar, Folder, the four transforms, SegmentTransform, Scenes, TrainBatches.
 """
 # Shapes used in this file:  n images in a data set, c images drawn in one pass, S side of a shapes image
+import math
 import os
 
 import numpy as np
@@ -46,6 +47,9 @@ class Images(Dataset):
             engine.seed_all(self.seed, epoch, index)
             image = self.transform(image)
         return image, -1 if self.labels is None else int(self.labels[index])
+
+    def title(self, index):
+        return f"{self.name} {self.split} {index}"
 
 
 class InMemory(Images):
@@ -412,6 +416,9 @@ class Folder(Images):
     def image(self, index):
         return read_image(os.fsdecode(self.paths[index]))
 
+    def title(self, index):
+        return os.fsdecode(self.paths[index])
+
     def __len__(self):
         return len(self.paths)
 
@@ -693,6 +700,9 @@ class SceneFolder(Scenes):
         self.paths = np.array([os.fsencode(path) for path in paths])     # arrays of bytes, as in Folder
         self.targets = np.array([os.fsencode(target) for target in targets])
 
+    def title(self, index):
+        return os.fsdecode(self.paths[index])
+
     def pair(self, index):
         path, target = os.fsdecode(self.paths[index]), os.fsdecode(self.targets[index])
         image, labels = read_image(path), read_labels(target, len(self.classes))
@@ -749,6 +759,38 @@ def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0
 
 
 # ---------------------------------------------------------------------------------------------- who gets which image
+def steps_per_epoch(images, batch_size):
+    """An incomplete last batch of an epoch is dropped."""
+    if images < batch_size:
+        raise UserError(f"{images} training images do not fill one batch of {batch_size}: lower --batch-size")
+    return images // batch_size
+
+
+def resolve_steps(args, images):
+    """-> (steps, warmup_steps, steps_per_epoch)"""
+    per_epoch = steps_per_epoch(images, args.batch_size)
+    steps = args.steps or args.epochs * per_epoch            # a run cut short keeps the recipe's share of warm-up:
+    warmup = round(args.steps * args.warmup_epochs / args.epochs) if args.steps else args.warmup_epochs * per_epoch
+    return steps, min(warmup, steps - 1), per_epoch
+
+
+def split_batch(batch_size, micro_batch, world_size):
+    """-> (micro batch, accumulation): one update of `batch_size` as world_size * accumulation * micro images."""
+    if batch_size % world_size:
+        raise UserError(f"--batch-size {batch_size} is not a multiple of the {world_size} processes")
+    per_rank = batch_size // world_size
+    accumulation = max(1, math.ceil(per_rank / (micro_batch or per_rank)))
+    while per_rank % accumulation:           # equal parts, so that a mean of means is the mean
+        accumulation += 1
+    return per_rank // accumulation, accumulation
+
+
+def names_of(dataset, batch_size, step, seed):
+    """What the images of one update are called: the path where there is one. For a sentence about that update."""
+    batch, = TrainBatches(len(dataset), batch_size, step + 1, step, seed=seed)
+    return [dataset.title(index) for _, index in batch]
+
+
 class TrainBatches:
     """For every step from start_step on, `accumulation` lists of (epoch, index): the micro-batches of this rank.
 
@@ -786,6 +828,17 @@ def eval_batches(n, batch_size, rank=0, world_size=1):
     # Differs from the recipe, which fills up the last shares with images that then count twice.
     first, last = n * rank // world_size, n * (rank + 1) // world_size
     return [list(range(i, min(i + batch_size, last))) for i in range(first, last, batch_size)]
+
+
+def to_float(images, device):
+    """uint8 images to float32 in [0, 1] on the device: they travel as bytes, a quarter of the size. Floats stay."""
+    images = images.to(device, non_blocking=True)
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
+def zeros_to_sum(n, device):
+    """Where n numbers are added up over a data set: float64, but on mps, which has none."""
+    return torch.zeros(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def make_loader(dataset, batches, workers, device):

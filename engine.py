@@ -10,12 +10,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import random
-import shlex
 import signal
-import subprocess
 import sys
 import time
 import timeit
@@ -25,38 +22,88 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent
+from weights import UserError, describe_run, read_file, set_aside, write_file
+
 Process = collections.namedtuple("Process", "rank world_size device")
 POSITIVE = "limit image_size patch_size batch_size micro_batch epochs steps log_every save_every".split()
 # Arguments in which a run may differ from the one it goes on from, for they do not say what is computed.
 SAME_RUN = "fresh dry_run workers log_every save_every device compile download data_dir out amp_auto".split()
 
 
-class UserError(Exception):
-    """A mistake the user can mend: one sentence that names the thing and the remedy. run() exits 2 with it."""
-
-
 def run(main):
-    """Call a stage's main(). A UserError becomes one sentence on stderr and exit code 2, under torchrun only once;
-    SIGTERM and Ctrl-C end the run without a traceback (143, 130). The last resume file stays."""
+    """Call a stage's main(). A UserError becomes one sentence on stderr and exit code 2, under torchrun only once; a
+    process that lost another one says so and exits 1; SIGTERM and Ctrl-C end a run with its state saved (143, 130)."""
     sys.stdout.reconfigure(line_buffering=True)              # os._exit would drop what is still in the buffer
-    if "RANK" not in os.environ:             # torchrun needs SIGTERM's default, which works inside a collective, too
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    handler = StopSignal()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
     try:
         main()
-    except KeyboardInterrupt:
-        os._exit(130)
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)        # from here on nothing is worth waiting for
         # Rank 0 most likely met the same, or its end is what this rank met: then torchrun ends this process meanwhile.
-        time.sleep(5 if int(os.environ.get("RANK", 0)) > 0 else 0)
-        if not isinstance(error, UserError):
+        rank = int(os.environ.get("RANK", 0))
+        time.sleep(5 if rank > 0 else 0)
+        if isinstance(error, UserError):
+            # A loader's worker wraps the sentence in its traceback, as the last line.
+            text, code = str(error).splitlines()[-1].rpartition("UserError: ")[2], 2
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            text, code = (f"rank {rank} lost another process, whose own words or the launcher's say why; the same "
+                          f"command goes on from the last resume file"), 1
+        else:
             raise
-        # A loader's worker wraps the sentence in its traceback, as the last line.
-        print(f"error: {str(error).splitlines()[-1].removeprefix('engine.UserError: ')}", file=sys.stderr, flush=True)
-        os._exit(2) if dist.is_initialized() else sys.exit(2)     # peers may hang in a collective: do not wait for them
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(code) if dist.is_initialized() else sys.exit(code)      # peers may hang: do not wait for them
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class StopSignal:
+    """What SIGTERM and Ctrl-C do: outside of a training loop they end the process; in one they are kept for Watch, and
+    a second one ends the process at once (not under torchrun, which passes on one of its own)."""
+
+    received, in_loop = 0, False
+
+    def __call__(self, number, frame):
+        if not self.in_loop or (self.received and "RANK" not in os.environ):
+            os._exit(128 + number)
+        self.received = number
+
+
+class Watch:
+    """What ends a run between two updates: a loss that is no number, SIGTERM, Ctrl-C. All processes decide alike."""
+
+    def __init__(self, args, process, log, names):
+        self.args, self.process, self.log, self.names = args, process, log, names        # names(step): images of a step
+        self.first_bad = torch.full((), sys.maxsize, device=process.device)
+        self.handler = signal.getsignal(signal.SIGTERM)      # a StopSignal, unless a notebook calls main
+        if isinstance(self.handler, StopSignal):
+            self.handler.in_loop = True
+
+    def note(self, loss, step):
+        """Keep the first step whose loss is not finite, without waiting for the device."""
+        self.first_bad = torch.where(loss.detach().isfinite(), self.first_bad, self.first_bad.clamp(max=step))
+
+    def look(self, step, now):
+        """-> the signal received, or 0. UserError after a loss that was not finite. Looking waits for a GPU, so there
+        it is done every tenth step, and where `now` is true: before a state is logged or saved."""
+        received = getattr(self.handler, "received", 0)
+        if self.process.device.type != "cpu" and not now and step % 10:
+            return received if self.process.world_size == 1 else 0
+        numbers = torch.stack([-self.first_bad, self.first_bad.new_tensor(received)])
+        if self.process.world_size > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        bad, received = -int(numbers[0]), int(numbers[1])
+        if bad < sys.maxsize:
+            names = self.names(bad)
+            self.log(step=bad, warning="the loss is not finite", images=names)
+            raise UserError(f"the loss is not finite at step {bad}: lower --lr, or check the images of that update "
+                            f"({', '.join(names[:3])}; all of them are in {self.log.path}); the last good state stays "
+                            f"in {self.args.out}")
+        if received and self.process.rank == 0:
+            print(f"{signal.Signals(received).name}: saved after step {step}; the same command goes on", file=sys.stderr)
+        return received
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -108,32 +155,6 @@ def check_ranges(args, ranges):
             raise UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {value}")
 
 
-def steps_per_epoch(images, batch_size):
-    """An incomplete last batch of an epoch is dropped."""
-    if images < batch_size:
-        raise UserError(f"{images} training images do not fill one batch of {batch_size}: lower --batch-size")
-    return images // batch_size
-
-
-def resolve_steps(args, images):
-    """-> (steps, warmup_steps, steps_per_epoch)"""
-    per_epoch = steps_per_epoch(images, args.batch_size)
-    steps = args.steps or args.epochs * per_epoch            # a run cut short keeps the recipe's share of warm-up:
-    warmup = round(args.steps * args.warmup_epochs / args.epochs) if args.steps else args.warmup_epochs * per_epoch
-    return steps, min(warmup, steps - 1), per_epoch
-
-
-def split_batch(batch_size, micro_batch, world_size):
-    """-> (micro batch, accumulation): one update of `batch_size` as world_size * accumulation * micro images."""
-    if batch_size % world_size:
-        raise UserError(f"--batch-size {batch_size} is not a multiple of the {world_size} processes")
-    per_rank = batch_size // world_size
-    accumulation = max(1, math.ceil(per_rank / (micro_batch or per_rank)))
-    while per_rank % accumulation:           # equal parts, so that a mean of means is the mean
-        accumulation += 1
-    return per_rank // accumulation, accumulation
-
-
 # --------------------------------------------------------------------------------------------- processes and devices
 def init_distributed(device="auto"):
     """-> Process, for `python STAGE.py` and `torchrun STAGE.py` alike: nccl on GPUs, else gloo."""
@@ -171,11 +192,6 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def zeros_to_sum(n, device):
-    """Where n numbers are added up over a data set: float64, but on mps, which has none."""
-    return torch.zeros(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-
-
 def autocast(device, amp):
     """bfloat16 matrix products where amp is "bf16"; float32 otherwise."""
     # Differs from the recipe, float16 with a GradScaler: bf16 has float32's range, so no gradient has to be scaled.
@@ -192,12 +208,6 @@ def resolve_amp(amp, device):
                for dtype in (torch.float32, torch.bfloat16)]
     float32, bf16 = all_reduce_sum(torch.tensor(seconds)).tolist()       # one answer for all processes
     return "bf16" if 1.5 * bf16 < float32 else "no"
-
-
-def to_float(images, device):
-    """uint8 images to float32 in [0, 1] on the device: they travel as bytes, a quarter of the size. Floats stay."""
-    images = images.to(device, non_blocking=True)
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 # --------------------------------------------------------------------------- randomness, schedules, groups, updates
@@ -249,118 +259,69 @@ def set_lr(optimizer, lr):
 
 
 # ----------------------------------------------------------------------------------------- checkpoints and log lines
-def describe_run(kind, args):
-    """What every file says about itself, beside its weights: arguments, commit, and a hash of each source file."""
-    status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
-    return dict(kind=kind, preset=args.model, data=str(args.data), image_size=args.image_size, args=plain_args(args),
-                commit="unknown" if status else commit, torch=str(torch.__version__), source_hash={
-                    f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sorted(ROOT.glob("*.py"))})
-
-
-def plain_args(args):
-    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
-
-
-def write_file(path, contents):
-    """torch.save to a temporary name beside `path`, flush to disk, then rename: a reader never sees half a file."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            torch.save(contents, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if temporary.is_file():
-            temporary.unlink()
-        raise UserError(f"could not write {path} ({' '.join(str(error).split())}): free some space or choose another "
-                        f"--out; the file that was there before is untouched") from error
-
-
-def read_file(path, kind=None, remedy=""):
-    """Load a checkpoint on the CPU without running any code in it; UserError for what is none. An argparse.Namespace,
-    which released files hold, is harmless and allowed; any other object is refused."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path}" + (f"; {remedy}" if remedy else ""))
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds objects other than tensors and numbers, or is damaged: not loaded") from error
-    except Exception as error:               # a damaged file raises whatever its reader stumbles over
-        raise UserError(f"{path} is truncated or no checkpoint at all: make or fetch it anew") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
-    if kind is not None and contents.get("kind") != kind:
-        raise UserError(f"{path} is a {contents.get('kind', 'foreign')!r} file where a {kind!r} file is needed")
-    return contents
-
-
 def differences(old, new):
     """Arguments that change what a run computes and differ between two runs, as readable text."""
     return [f"--{k.replace('_', '-')} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys())
             if k not in SAME_RUN and old.get(k) != new.get(k)]
 
 
-def set_aside(stage, out):
-    """--fresh: earlier results move to OUT.1 (or .2 ...). With the tokenizer goes the whole folder, which stands on it;
-    a later stage moves only its own files, for it needs the others."""
-    aside = Path(next(f"{out}.{n}" for n in range(1, 10**6) if not Path(f"{out}.{n}").exists()))
-    if stage == "vqkd" and out.exists():
-        out.rename(aside)
-    for f in sorted(out.glob(f"{stage}.*")):
-        aside.mkdir(exist_ok=True)
-        f.rename(aside / f.name)
-
-
 def start_or_resume(stage, args, process):
     """-> the contents of STAGE.resume.pt to go on from, or None for a fresh start. Exits 0 where the run is already
-    done; raises UserError where the folder holds a run with other arguments."""
-    if args.fresh and process.rank == 0:
+    done; raises UserError where the folder holds a run with other arguments, or none of its files can be read."""
+    # torchrun --max-restarts repeats the command after a failure: what it then finds is this run's own.
+    if args.fresh and process.rank == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         set_aside(stage, args.out)
     if process.world_size > 1:
         dist.barrier()
-    final = args.out / f"{stage}.pt"
-    for path in filter(Path.exists, (final, args.out / f"{stage}.resume.pt", args.out / f"{stage}.resume.pt.prev")):
+    final, resume = args.out / f"{stage}.pt", args.out / f"{stage}.resume.pt"
+    state, unreadable = None, ""
+    for path in filter(Path.exists, (final, resume, Path(f"{resume}.prev"))):
         try:
             state = read_file(path, kind=stage)
+            break
         except UserError as error:
             if path == final:
                 raise
-            print(f"{error}; trying the one before", file=sys.stderr)
-            continue
-        if "source_hash" not in state:
-            raise UserError(f"{path} was made by another command (converted?): choose another --out, or add --fresh")
-        if args.amp_auto:        # measured once per run: the machine may be busier now
-            args.amp = state["args"]["amp"]
-        now = describe_run(stage, args)
-        if changed := differences(state["args"], now["args"]):
-            raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
-                            f"repeat them, choose another --out, or add --fresh")
-        if path != final:
-            return state
-        if process.rank == 0:
-            edited = ", ".join(f for f, h in now["source_hash"].items() if state["source_hash"].get(f) != h)
-            print(f"already done: {final}, {json.dumps(state.get('result', {}))}"
-                  + (f"; source files changed since: {edited}" if edited else ""))
-        raise SystemExit(0)
-    return None
+            unreadable = str(error)
+            if process.rank == 0:
+                print(f"{unreadable}; trying the one before", file=sys.stderr)
+    if unreadable and not state:
+        raise UserError(f"no resume file in {args.out} can be read ({unreadable}): add --fresh to start over")
+    if process.world_size > 1:               # all ranks have to go on from one and the same step
+        steps = torch.tensor([1, -1], device=process.device) * (state or {}).get("step", -1)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps.sum():
+            raise UserError(f"the processes see different files in {args.out}: name a folder that all machines share")
+    if not state:
+        return None
+    if "source_hash" not in state:
+        raise UserError(f"{path} was made by another command (converted?): choose another --out, or add --fresh")
+    if args.amp_auto:        # measured once per run: the machine may be busier now
+        args.amp = state["args"]["amp"]
+    now = describe_run(stage, args)
+    if changed := differences(state["args"], now["args"]):
+        raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
+                        f"repeat them, choose another --out, or add --fresh")
+    if path != final:
+        return state
+    if process.rank == 0:
+        edited = ", ".join(f for f, h in now["source_hash"].items() if state["source_hash"].get(f) != h)
+        print(f"already done: {final}, {json.dumps(state.get('result', {}))}"
+              + (f"; source files changed since: {edited}" if edited else ""))
+    raise SystemExit(0)
 
 
 def save_resume(stage, args, contents):
     """Write STAGE.resume.pt; the one before stays as .prev until the next time."""
     resume = args.out / f"{stage}.resume.pt"
-    if resume.exists():
-        os.replace(resume, f"{resume}.prev")
-    write_file(resume, contents)
+    write_file(resume, contents, previous=f"{resume}.prev")
 
 
 def finish(stage, args, contents):
     """Write the hand-over STAGE.pt, then drop the resume files."""
     write_file(args.out / f"{stage}.pt", contents)
-    for name in (f"{stage}.resume.pt", f"{stage}.resume.pt.prev"):
-        (args.out / name).unlink(missing_ok=True)
+    for f in args.out.glob(f"{stage}.resume.pt*"):           # .prev, and .tmp of a process killed while writing
+        f.unlink()
 
 
 class Log:
@@ -370,24 +331,42 @@ class Log:
 
     def __init__(self, path, args, process, start_step=0, append=False, **facts):
         self.path, self.active, self.begin = Path(path), process.rank == 0, time.time()
-        if self.active:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make {self.path.parent} ({error.strerror}): choose another --out") from error
+        if not self.active:
+            return
+        place = dict(machine=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", device=str(process.device),
+                     threads=torch.get_num_threads(), processes=process.world_size, torch=str(torch.__version__))
+        with self.writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             lines = [x for x in lines if x.endswith("}\n") and (
                 append or start_step and json.loads(x).get("step", -1) < start_step)]
-            self.path.write_text("".join(lines))
-            if append or not lines:
-                self(**describe_run(self.path.stem, args), python=platform.python_version(), cores=os.cpu_count(),
-                     machine=platform.machine(), threads=torch.get_num_threads(), processes=process.world_size,
-                     device=str(process.device), **facts)
+            temporary = Path(f"{self.path}.tmp")             # a kill between two lines must not cost the log
+            temporary.write_text("".join(lines))
+            os.replace(temporary, self.path)
+        if append or not lines:
+            self(**describe_run(self.path.stem, args) | place, python=platform.python_version(), cores=os.cpu_count(),
+                 **facts)
+            return
+        first = json.loads(lines[0])
+        if changed := [f"{k} {first[k]} -> {v}" for k, v in facts.items() if k in first and first[k] != round(v, 6)]:
+            raise UserError(f"{args.data} is not what it was when this run began ({', '.join(changed)}): restore it, or "
+                            f"add --fresh")
+        if moved := ", ".join(f"{k} {first.get(k)} -> {v}" for k, v in place.items() if first.get(k) != v):
+            print(f"note: the run goes on in another place ({moved}): its end will be close, not equal to the last bit, "
+                  f"to that of a run without a break", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}): free some space, or put the folder back if "
+                            f"it was moved, or choose another --out; the last resume file is untouched") from error
 
     def __call__(self, **facts):
         if self.active:
             facts = {k: round(v, 6) if isinstance(v, float) else v for k, v in facts.items()}
-            with open(self.path, "a") as f:
+            with self.writing(), open(self.path, "a") as f:
                 f.write(json.dumps(facts | dict(time=round(time.time() - self.begin, 2))) + "\n")
 
 
@@ -396,10 +375,3 @@ def progress(start, total, process, label):
     from tqdm import tqdm
     return tqdm(range(start, total), initial=start, total=total, desc=label, dynamic_ncols=True,
                 disable=process.rank > 0 or not sys.stderr.isatty())
-
-
-def check_finite(loss, step, args):
-    """Stop a run whose loss is no number any more; what is on disk stays the last good state."""
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}: lower --lr or check the images; "
-                        f"the last good state is in {args.out}")

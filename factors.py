@@ -193,7 +193,7 @@ def known(train, test):
 
 @torch.no_grad()
 def in_batches(function, images):
-    return torch.cat([function(engine.to_float(part, "cpu")) for part in images.split(250)])
+    return torch.cat([function(data.to_float(part, "cpu")) for part in images.split(250)])
 
 
 @functools.cache

@@ -259,6 +259,9 @@ class Few(Dataset):
         epoch, index = key
         return self.dataset[epoch, self.indices[index]]
 
+    def title(self, index):
+        return self.dataset.title(self.indices[index])
+
 
 def read_classes(path):
     """A file of class names, one a line or a JSON list, in the order of the logits. -> list"""
@@ -323,11 +326,11 @@ def evaluate(model, dataset, args, process, columns=None):
     """Cross-entropy (no smoothing), top-1 and top-5 in percent, with `columns` also those among these logits only
     (restricted_*). Every image counts once, over all processes."""
     model.eval()
-    totals = engine.zeros_to_sum(6, process.device)
+    totals = data.zeros_to_sum(6, process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     workers = 0 if isinstance(dataset, data.Shapes) else args.workers            # shapes need no decoding
     for images, labels in data.make_loader(dataset, batches, workers, process.device):
-        images, labels = engine.to_float(images, process.device), labels.to(process.device)
+        images, labels = data.to_float(images, process.device), labels.to(process.device)
         with engine.autocast(process.device, args.amp):
             vectors = model.pooled(imagenet_normalize(images))
         logits = model.head(vectors.float())                 # in float32: bf16 logits tie, and topk would settle it
@@ -348,8 +351,8 @@ def train(args, process):
         raise UserError(f"the classes of {args.data} are no longer those of the run in {args.out}: restore them, or "
                         f"add --fresh")
     classes = len(train_set.classes)
-    steps, warmup, per_epoch = engine.resolve_steps(args, len(train_set))
-    micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
+    steps, warmup, per_epoch = data.resolve_steps(args, len(train_set))
+    micro, accumulation = data.split_batch(args.batch_size, args.micro_batch, process.world_size)
     if micro % 2 and (args.mixup or args.cutmix):
         raise UserError(f"MixUp pairs images, and --batch-size {args.batch_size} makes micro-batches of {micro}: "
                         f"choose an even number, or --mixup 0 --cutmix 0")
@@ -377,13 +380,14 @@ def train(args, process):
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
     eval_every = max(1, math.ceil(steps / per_epoch / max(args.evaluations, 1)))         # epochs
+    watch = engine.Watch(args, process, log, lambda step: data.names_of(train_set, args.batch_size, step, args.seed))
     clock, clock_step = time.time(), start
     for step in engine.progress(start, steps, process, stage):
         # 1. Schedules and all randomness are functions of the step, so resuming needs the step and no generator state.
         engine.set_lr(optimizer, engine.cosine_schedule(step, args.lr, args.min_lr, steps, warmup))
         for k in range(accumulation):
             images, labels = next(batches)
-            images, labels = engine.to_float(images, process.device), labels.to(process.device)  # (B, 3, H, W), (B,)
+            images, labels = data.to_float(images, process.device), labels.to(process.device)  # (B, 3, H, W), (B,)
             engine.seed_all(args.seed, step, process.rank, k)                    # for mixing and stochastic depth
 
             # 2. Mix pairs of images, and their targets with them.
@@ -395,14 +399,14 @@ def train(args, process):
                     logits = ddp(imagenet_normalize(images))                     # (B, C)
                 loss = soft_cross_entropy(logits, targets)
                 (loss / accumulation).backward()
+            watch.note(loss, step)
 
         # 4. One update; each group at the rate of its layer.
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last = step == steps - 1
-        # Differs from the recipe, which looks at every loss: log and save steps only, as looking waits for the GPU.
+        last, save = step == steps - 1, (step + 1) % args.save_every == 0
+        stop = watch.look(step, now=save or last or step % args.log_every == 0)
         if step % args.log_every == 0 or last:
-            engine.check_finite(loss.item(), step, args)
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), step + 1
             log(step=step, epoch=step / per_epoch, loss=loss.item(), images_per_s=rate,
@@ -417,11 +421,12 @@ def train(args, process):
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:
                 print(f"step {step + 1}/{steps}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True)
-        if not last and (step + 1) % args.save_every == 0:
-            engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
+        if not last and (save or stop):
             if process.rank == 0:
                 engine.save_resume(stage, args, contents(model, args, train_set.classes) | dict(
                     optimizer=optimizer.state_dict(), step=step + 1, best=best))
+            if stop:
+                raise SystemExit(128 + stop)
 
     result |= best
     log(summary=1, step=steps, init=args.init, **result)
@@ -487,7 +492,7 @@ def main(argv=None):
         preset = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
         classes = 10 if args.model == "tiny" else 21_841 if args.intermediate else 1000
         model = ViT(**preset, pool=args.pool, num_classes=classes)
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
+        print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters with {model.num_classes} classes; {model.num_patches} "
               f"patches; {args.batch_size} images per update")
         return None

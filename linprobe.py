@@ -222,7 +222,7 @@ def extract(source, dataset, items, args, process, chunk=8192):
     batches = [[items[i] for i in batch] for batch in shares[rank]]
     for images, y in data.make_loader(dataset, batches, args.workers, device):
         with engine.autocast(device, args.amp):
-            features[at:at + len(y)] = source.encode(engine.to_float(images, device)).cpu()
+            features[at:at + len(y)] = source.encode(data.to_float(images, device)).cpu()
         labels[at:at + len(y)] = y
         at += len(y)
     for sender in range(1, processes):                       # in order and in chunks: nccl sends from GPU memory only
@@ -342,7 +342,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         width, layers = PRESETS[args.model]["width"], min(args.blocks, PRESETS[args.model]["depth"]) + 1
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
+        print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
         heads, features = layers * len(READOUTS) * len(NORMS) * len(args.rates), layers * 2 * width
         print(f"{heads} heads: {layers} layers, {len(READOUTS)} read-outs, {len(NORMS)} norms, {len(args.rates)} rates")
         print(f"{features} features per image: for ImageNet {features * 2 * 1281167 / 2**30:.0f} GiB in float16")

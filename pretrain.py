@@ -26,6 +26,7 @@ from torch import nn
 
 import data
 import engine
+import weights
 from model import PRESETS, Block, ViT, count_parameters, imagenet_normalize, initialise, rescale_residual_branches
 from vqkd import load_tokenizer
 
@@ -219,9 +220,9 @@ def parse_args(argv=None):
 def views_to_device(views, device):
     """-> (backbone view, tokenizer view) in [0, 1]: one and the same tensor where both networks take the same size."""
     if isinstance(views, torch.Tensor):
-        images = engine.to_float(views, device)
+        images = data.to_float(views, device)
         return images, images
-    return engine.to_float(views[0], device), engine.to_float(views[1], device)
+    return data.to_float(views[0], device), data.to_float(views[1], device)
 
 
 def commonest_codes(tokenizer, dataset, args, process, most=4096):
@@ -240,7 +241,7 @@ def commonest_codes(tokenizer, dataset, args, process, most=4096):
 def evaluate(model, tokenizer, dataset, commonest, args, process):
     """Losses, both heads' accuracies and those of the two trivial guessers, in percent, over all hidden patches."""
     model.eval()
-    totals = engine.zeros_to_sum(7, process.device)
+    totals = data.zeros_to_sum(7, process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     for (views, mask), _ in data.make_loader(dataset, batches, args.workers, process.device):
         images, tokenizer_images = views_to_device(views, process.device)
@@ -284,8 +285,8 @@ def train(args, process):
     train_set = data.open_data(args.data, "train", MaskedViews(views, *masks), download=args.download, **options)
     # Held-out images: no random crop, but a mask, the same one every time.
     val_set = data.open_data(args.data, "val", MaskedViews(StillViews(args.image_size, tokenizer), *masks), **options)
-    steps, warmup, per_epoch = engine.resolve_steps(args, len(train_set))
-    micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
+    steps, warmup, per_epoch = data.resolve_steps(args, len(train_set))
+    micro, accumulation = data.split_batch(args.batch_size, args.micro_batch, process.world_size)
     codes = len(tokenizer.quantize.cluster_size)
 
     engine.seed_all(args.seed)
@@ -309,6 +310,7 @@ def train(args, process):
     batches = iter(data.make_loader(train_set, data.train_batches(
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
+    watch = engine.Watch(args, process, log, lambda step: data.names_of(train_set, args.batch_size, step, args.seed))
     clock, clock_step = time.time(), start
     for step in engine.progress(start, steps, process, "pretrain"):
         # 1. Schedules and all randomness are functions of the step, so resuming needs the step and no generator state.
@@ -326,14 +328,15 @@ def train(args, process):
                     logits, logits_cls = ddp(imagenet_normalize(images), mask)       # (M, K) each
                     loss, (loss_mim, loss_cls) = mim_loss(logits, logits_cls, z[mask])
                 (loss / accumulation).backward()
+            watch.note(loss, step)
 
         # 4. One update, then one log line now and then and an evaluation after every epoch.
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last = step == steps - 1
+        last, save = step == steps - 1, (step + 1) % args.save_every == 0
+        stop = watch.look(step, now=save or last or step % args.log_every == 0)
         if step % args.log_every == 0 or last:
-            engine.check_finite(loss.item(), step, args)
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), step + 1
             facts = dict(loss=loss.item(), loss_mim=loss_mim.item(), mask_acc=accuracy(logits, z[mask]))
@@ -347,11 +350,12 @@ def train(args, process):
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:
                 print(f"step {step + 1}/{steps}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True)
-        if not last and (step + 1) % args.save_every == 0:
-            engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
+        if not last and (save or stop):
             if process.rank == 0:
                 engine.save_resume("pretrain", args, contents(model, args) | dict(
                     optimizer=optimizer.state_dict(), step=step + 1))
+            if stop:
+                raise SystemExit(128 + stop)
 
     log(summary=1, step=steps, **result)
     if process.rank == 0:
@@ -377,7 +381,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         model = build(args, codes=64 if args.model == "tiny" else 8192)
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
+        print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters; {model.num_patches} patches, {args.mask_patches} "
               f"hidden; {args.batch_size} images per update")
         return None

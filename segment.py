@@ -386,7 +386,7 @@ def evaluate(model, dataset, args, process):
     batches = data.eval_batches(len(dataset), 1 if folder else 50, process.rank, process.world_size)
     options = dict(scales=SCALES, flip=True) if args.multi_scale else {}
     for images, labels in data.make_loader(dataset, batches, args.workers if folder else 0, process.device):
-        images, labels = engine.to_float(images, process.device), labels.to(process.device).long()
+        images, labels = data.to_float(images, process.device), labels.to(process.device).long()
         with engine.autocast(process.device, args.amp):
             predicted = predict(model, images, **options).argmax(dim=1)              # (B, H, W)
         matrix += confusion(predicted, labels, classes)
@@ -409,7 +409,7 @@ def draw(model, dataset, args, process, path, columns=10, cell=144):
     for column in range(columns):
         image, labels = dataset[column if args.data == "shapes" else column * len(dataset) // columns]
         with engine.autocast(process.device, args.amp):
-            predicted = predict(model, engine.to_float(image[None], process.device)).argmax(dim=1)[0]
+            predicted = predict(model, data.to_float(image[None], process.device)).argmax(dim=1)[0]
         for row, pixels in enumerate((image.permute(1, 2, 0), colours[labels], colours[predicted.cpu()])):
             picture = ImageOps.contain(Image.fromarray(np.asarray(pixels)), (cell, cell), Image.Resampling.NEAREST)
             sheet.paste(picture, (column * (cell + 4), row * (cell + 4)))
@@ -423,10 +423,10 @@ def train(args, process):
     if resumed and resumed["classes"] != list(train_set.classes):
         raise UserError(f"the classes of {args.data} are no longer those of the run in {args.out}: restore them, or "
                         f"add --fresh")
-    per_epoch = engine.steps_per_epoch(len(train_set), args.batch_size)
+    per_epoch = data.steps_per_epoch(len(train_set), args.batch_size)
     steps = args.steps or args.epochs * per_epoch
     warmup = min(warmup_of(args.model, steps) if args.warmup_steps is None else args.warmup_steps, steps - 1)
-    micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
+    micro, accumulation = data.split_batch(args.batch_size, args.micro_batch, process.world_size)
     synchronised = process.world_size > 1 and process.device.type == "cuda"
     # Differs from the recipe where a batch is accumulated: BatchNorm sees one part of the 16 images at a time (on CPUs,
     # where nothing synchronises it, only this process's share of that).
@@ -461,13 +461,14 @@ def train(args, process):
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
     eval_every = math.ceil(steps / args.evaluations)
+    watch = engine.Watch(args, process, log, lambda step: data.names_of(train_set, args.batch_size, step, args.seed))
     clock, clock_step = time.time(), start
     for step in engine.progress(start, steps, process, "segment"):
         # 1. Schedules and all randomness are functions of the step, so resuming needs the step and no generator state.
         engine.set_lr(optimizer, poly_schedule(step, args.lr, steps, warmup))
         for k in range(accumulation):
             images, labels = next(batches)                                       # (B, 3, H, W), (B, H, W) uint8
-            images, labels = engine.to_float(images, process.device), labels.to(process.device).long()
+            images, labels = data.to_float(images, process.device), labels.to(process.device).long()
             engine.seed_all(args.seed, step, process.rank, k)                    # for dropout and stochastic depth
 
             # 2. Name the pixels: from the pyramid, and from one tap through the auxiliary head.
@@ -477,15 +478,14 @@ def train(args, process):
                 loss_main, loss_aux = pixel_cross_entropy(logits, labels), pixel_cross_entropy(logits_aux, labels)
                 loss = loss_main + AUX_WEIGHT * loss_aux
                 (loss / accumulation).backward()
+            watch.note(loss, step)
 
         # 3. One update; each group at the rate of its layer. No clipping (recipe, not in the paper).
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last = step == steps - 1
-        # Differs from the recipe of the other stages, which looks at every loss: on log and save steps only, as looking
-        # waits for the GPU.
+        last, save = step == steps - 1, (step + 1) % args.save_every == 0
+        stop = watch.look(step, now=save or last or step % args.log_every == 0)
         if step % args.log_every == 0 or last:
-            engine.check_finite(loss.item(), step, args)
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), step + 1
             log(step=step, epoch=step / per_epoch, loss=loss.item(), loss_main=loss_main.item(),
@@ -500,17 +500,18 @@ def train(args, process):
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:
                 print(f"step {step + 1}/{steps}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True)
-        if not last and (step + 1) % args.save_every == 0:
-            engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
+        if not last and (save or stop):
             average_statistics(model, process.world_size)
             if process.rank == 0:
                 engine.save_resume("segment", args, contents(model, args, train_set.classes) | dict(
                     optimizer=optimizer.state_dict(), step=step + 1))
+            if stop:
+                raise SystemExit(128 + stop)
 
-    if process.rank == 0:
-        draw(model, val_set, args, process, args.out / "segment.png")
-        engine.finish("segment", args, contents(model, args, train_set.classes) | dict(step=steps, result=result))
     tell(args, process, log, val_set.classes, result, iou, acc, step=steps, init=args.init)
+    if process.rank == 0:
+        engine.finish("segment", args, contents(model, args, train_set.classes) | dict(step=steps, result=result))
+        draw(model, val_set, args, process, args.out / "segment.png")
     return result
 
 
@@ -558,7 +559,7 @@ def main(argv=None):
         with torch.device("meta"):                           # shapes without numbers
             model = UPerNet(vit, classes, args.channels)
             sizes = [tuple(x.shape[-2:]) for x in model.maps(torch.zeros(2, 3, args.image_size, args.image_size))]
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
+        print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters with {classes} classes, both heads counted; taps "
               f"{model.taps}; maps {sizes}; {args.batch_size} images per update")
         return None

@@ -392,7 +392,7 @@ def write_features(temporary, teacher, dataset, process, batch_size, workers, am
     batches = data.eval_batches(len(dataset), batch_size, process.rank, process.world_size)
     loader = data.make_loader(dataset, batches, workers, process.device)
     for _, indices, (images, _) in zip(engine.progress(0, len(batches), process, "teacher"), batches, loader):
-        images = engine.to_float(images, process.device)                                             # (B, 3, S, S)
+        images = data.to_float(images, process.device)                                             # (B, 3, S, S)
         for mirrored in range(features.shape[1]):
             with engine.autocast(process.device, amp):
                 t = teacher(images.flip(-1) if mirrored else images).half()                          # (B, N, C)
@@ -430,6 +430,9 @@ class WithFeatures(Dataset):
 
     def __len__(self):
         return len(self.dataset)
+
+    def title(self, index):
+        return self.dataset.title(index)
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, int(key))

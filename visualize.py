@@ -123,7 +123,7 @@ def mean_patches(tokens, codes, turn=0):
     for attempt in range(1 + turn):
         sums, levels = torch.zeros_like(shape), torch.zeros_like(level)
         for images, z in zip(tokens.images.split(64), tokens.z.split(64)):
-            x, z = engine.to_float(cut_patches(images, z.shape[1:]), "cpu"), z.flatten()
+            x, z = data.to_float(cut_patches(images, z.shape[1:]), "cpu"), z.flatten()
             mean = x.mean(dim=(2, 3), keepdim=True)
             x = x - mean
             if attempt:
@@ -209,7 +209,7 @@ def train_pixel_decoder(tokens, codebook, steps, blind=False, seed=0, device="cp
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = engine.cosine_schedule(step, 2e-3, 0, steps, warmup=min(50, steps // 4))
         batch = torch.randint(len(tokens.z), (32,))
-        images = engine.to_float(tokens.images[batch], device)
+        images = data.to_float(tokens.images[batch], device)
         images = lighten_middle(images)[0] if blind else images
         F.l1_loss(model(tokens.z[batch].to(device)), images).backward()
         optimizer.step()
@@ -223,7 +223,7 @@ def read_tokens(tokenizer, dataset, device="cpu"):
     images, z = [], []
     for x, _ in data.make_loader(dataset, data.eval_batches(len(dataset), 64), 0, device):
         images.append(x.cpu())
-        z.append(tokenizer.encode(engine.to_float(x, device)).cpu())
+        z.append(tokenizer.encode(data.to_float(x, device)).cpu())
     return Tokens(torch.cat(images), torch.cat(z).view(-1, *tokenizer.encoder.grid))
 
 
@@ -251,7 +251,7 @@ def save(figure, out):
 
 def show(axis, image):
     """(3, H, W) bytes or floats in [0, 1] as they are, every pixel a square."""
-    axis.imshow(engine.to_float(image, "cpu").permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    axis.imshow(data.to_float(image, "cpu").permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
 
 
 def frame(axis, y, x, p, colour, inset=0.0, lw=1.5):
@@ -279,7 +279,7 @@ def draw_codes(tokens, chosen, patches, colours, out, columns=8, seed=0):
         show(row[1], patches[code])
         for axis, (image, y, x) in zip(row[2:], patches_of_code(tokens.z, code, columns, seed)):
             top, left = min(max(y - h // 2, 0), gh - h), min(max(x - w // 2, 0), gw - w)
-            picture = engine.to_float(tokens.images[image], "cpu")
+            picture = data.to_float(tokens.images[image], "cpu")
             faded = 0.45 + 0.55 * picture                    # the surroundings step back, the patch stays as it is
             faded[:, y * p:(y + 1) * p, x * p:(x + 1) * p] = picture[:, y * p:(y + 1) * p, x * p:(x + 1) * p]
             show(axis, faded[:, top * p:(top + h) * p, left * p:(left + w) * p])
@@ -306,7 +306,7 @@ def draw_tokens(examples, colours, out, per_row=4):
 def draw_prediction(model, examples, views, masks, patches, out, blind=False):
     """views (m, 3, H, W): the examples at the backbone's size; masks (m, gh, gw) bool."""
     device, grid = model.mask_token.device, masks.shape[1:]
-    logits = model(imagenet_normalize(engine.to_float(views, device)), masks.flatten(1).to(device))
+    logits = model(imagenet_normalize(data.to_float(views, device)), masks.flatten(1).to(device))
     heads = {name: x.cpu() for name, x in zip(("last layer, Eq. (3)", "[CLS] head, Eq. (4)"), logits) if x is not None}
     true, p = examples.z[masks], examples.images.shape[-1] // grid[1]
     figure, axes = panels(len(views), 3 + len(heads), 1.9, 2.1, "Hidden patches, named by the backbone.  Of "
@@ -314,7 +314,7 @@ def draw_prediction(model, examples, views, masks, patches, out, blind=False):
                               f"{name.split(',')[0]} {accuracy(x, true):.0f} %" for name, x in heads.items()),
                           top=0.65, wspace=0.05, hspace=0.12)
     for row, images, z, mask in zip(axes, examples.images, examples.z, masks):
-        image = engine.to_float(images, "cpu")
+        image = data.to_float(images, "cpu")
         hidden = mask.repeat_interleave(p, 0).repeat_interleave(p, 1)
         show(row[0], image)
         show(row[1], torch.where(hidden, 0.75, image))
@@ -325,7 +325,7 @@ def draw_prediction(model, examples, views, masks, patches, out, blind=False):
         guess = torch.full(masks.shape, -1)
         guess[masks] = scores.argmax(dim=-1)
         for axis, images, z, g, mask in zip(axes[:, column], examples.images, examples.z, guess, masks):
-            show(axis, mosaic(engine.to_float(images, "cpu"), g.clamp(min=0), patches, mask, blind))
+            show(axis, mosaic(data.to_float(images, "cpu"), g.clamp(min=0), patches, mask, blind))
             for y, x in mask.nonzero().tolist():
                 frame(axis, y, x, p, "#1a9850" if g[y, x] == z[y, x] else "#e31a1c", inset=p / 16)
             axis.text(0.5, -0.02, f"{(g == z)[mask].sum()} of {mask.sum()} right", fontsize=8, ha="center", va="top",
@@ -336,7 +336,7 @@ def draw_prediction(model, examples, views, masks, patches, out, blind=False):
 @torch.no_grad()
 def cls_attention(model, images, block=-1):
     """What [CLS] draws from each patch, per head: images (m, 3, H, W) bytes -> (m, H, gh, gw)"""
-    x = imagenet_normalize(engine.to_float(images, model.cls_token.device))
+    x = imagenet_normalize(data.to_float(images, model.cls_token.device))
     return model.attention_weights(x, block)[:, :, 0, 1:].unflatten(-1, model.grid).cpu()
 
 
@@ -397,7 +397,7 @@ def draw_usage(counts, colours, out):
 @torch.no_grad()
 def draw_pixels(decoder, examples, patches, out, blind=False):
     device = decoder.codebook.device
-    images, guess = engine.to_float(examples.images, "cpu"), decoder(examples.z.to(device)).cpu()
+    images, guess = data.to_float(examples.images, "cpu"), decoder(examples.z.to(device)).cpu()
     if blind:
         darker = lighten_middle(images)[1][:, None, None, None]
         guess = torch.where(darker, 2 * guess.mean(dim=(2, 3), keepdim=True) - guess, guess)

@@ -287,7 +287,7 @@ def kmeans_start(model, dataset, args, process):
             batch = torch.utils.data.default_collate([dataset[(0, i)][0] for i in order[first:first + 64]])
             images = batch if isinstance(batch, torch.Tensor) else batch[0]
             with engine.autocast(process.device, args.amp):
-                h.append(l2(model.project(engine.to_float(images, process.device))).flatten(0, 1))
+                h.append(l2(model.project(data.to_float(images, process.device))).flatten(0, 1))
         h = torch.cat(h)                                     # (n, D)
         start = h[torch.randperm(len(h), generator=generator)[:codes].to(h.device)]
         if len(start) < codes:
@@ -340,9 +340,9 @@ def watch_codebook(counts, health, step, args, process, log):
 def images_and_features(batch, teacher, device):
     """Images (B, 3, H, W) in [0, 1] and the teacher's features t (B, N, C), from the teacher or from its cache."""
     if isinstance(batch, torch.Tensor):
-        images = engine.to_float(batch, device)
+        images = data.to_float(batch, device)
         return images, teacher(images)
-    return engine.to_float(batch[0], device), batch[1].to(device, non_blocking=True).float()
+    return data.to_float(batch[0], device), batch[1].to(device, non_blocking=True).float()
 
 
 @torch.no_grad()
@@ -352,7 +352,7 @@ def evaluate(model, teacher, dataset, args, process):
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
     dims = dict(zip(teacher.names, teacher.dims))
     names = ["images", "cosine", "commit", "distance"] + [f"cosine_{name}" for name in dims if len(dims) > 1]
-    totals = engine.zeros_to_sum(len(names), process.device)
+    totals = data.zeros_to_sum(len(names), process.device)
     counts = torch.zeros(args.codes, device=process.device)
     for batch, _ in data.make_loader(dataset, batches, args.workers, process.device):
         with engine.autocast(process.device, args.amp):
@@ -374,10 +374,10 @@ def train(args, process):
     views = whole if args.cache_teacher else data.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0))
     train_set = data.open_data(args.data, "train", views, download=args.download, **options)
     val_set = data.open_data(args.data, "val", whole, **options)
-    steps, warmup, per_epoch = engine.resolve_steps(args, len(train_set))
+    steps, warmup, per_epoch = data.resolve_steps(args, len(train_set))
     if args.continuous_steps >= steps and not args.init:
         raise engine.UserError(f"--continuous-steps {args.continuous_steps} leaves none of {steps} steps to the codes")
-    micro, accumulation = engine.split_batch(args.batch_size, args.micro_batch, process.world_size)
+    micro, accumulation = data.split_batch(args.batch_size, args.micro_batch, process.world_size)
     grid = (args.image_size // args.patch_size,) * 2
     teacher = teachers.build_teacher(args.teacher, grid, args.patch_size, process.device)
     teacher_dims = dict(zip(teacher.names, teacher.dims))
@@ -410,6 +410,7 @@ def train(args, process):
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
     lr = args.lr * args.batch_size / 128                     # Recipe, not in the paper: the rate grows with the batch
+    watch = engine.Watch(args, process, log, lambda step: data.names_of(train_set, args.batch_size, step, args.seed))
     clock, clock_step = time.time(), start
     for step in engine.progress(start, steps, process, "vqkd"):
         # 1. The rate is a function of the step. So is all randomness: resuming needs the step and no generator state.
@@ -429,6 +430,7 @@ def train(args, process):
                     o, h, v, z = ddp(images, quantize)
                     loss, parts = vqkd_loss(o, t, h, v, args.beta, teacher_dims)
                 (loss / accumulation).backward()
+            watch.note(loss, step)
             if quantize:
                 s, c = code_sums(h, z, args.codes)
                 sums, counts = sums + s, counts + c
@@ -445,9 +447,9 @@ def train(args, process):
                 health = watch_codebook(counts, health, step, args, process, log)
 
         # 4. One log line now and then; an evaluation after every epoch.
-        last = step == steps - 1
+        last, save = step == steps - 1, (step + 1) % args.save_every == 0
+        stop = watch.look(step, now=save or last or step % args.log_every == 0)
         if step % args.log_every == 0 or last:
-            engine.check_finite(loss.item(), step, args)
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), step + 1
             log(step=step, epoch=step / per_epoch, loss=loss.item(), **{k: p.item() for k, p in parts.items()},
@@ -460,11 +462,12 @@ def train(args, process):
             if process.rank == 0:
                 print(f"step {step + 1}/{steps}: cosine {result['cosine']:.3f}, {result['codes_used']} of {args.codes} "
                       f"codes used, perplexity {result['perplexity']:.1f}", flush=True)
-        if not last and (step + 1) % args.save_every == 0:
-            engine.check_finite(loss.item(), step, args)     # what is saved is worth going on from
+        if not last and (save or stop):
             if process.rank == 0:
                 engine.save_resume("vqkd", args, contents(model, args) | dict(
                     optimizer=optimizer.state_dict(), step=step + 1, health=health))
+            if stop:
+                raise SystemExit(128 + stop)
 
     if args.init and not resumed and process.rank == 0:
         print(f"codes used on {args.data}: {before['codes_used']} before, {result['codes_used']} after; "
@@ -492,8 +495,8 @@ def contents(model, args):
 def load_state(model, path):
     """Load tokenizer weights, ours or released, into `model`. Dead entries of the released files are passed over."""
     file = engine.read_file(path, remedy="make it with python vqkd.py, or give --tokenizer FILE")
-    state, own = file.get("model", file), model.quantize
-    if not isinstance(state, dict) or "quantize.embedding.weight" not in state:
+    state, own = weights.state_dict(file, str(path)), model.quantize
+    if "quantize.embedding.weight" not in state:
         raise engine.UserError(f"{path} is no VQ-KD tokenizer: make one with python vqkd.py")
     dead = ("teacher", "scaling_layer", "quantize.embedding.cluster_size", "quantize.embedding.embed_avg",
             "quantize.embedding.initted")
@@ -512,7 +515,7 @@ def load_state(model, path):
 def load_tokenizer(path, device="cpu"):
     """-> a frozen VQKD in evaluation mode, its sizes read off the file's own tensors, as released files need it."""
     file = engine.read_file(path, remedy="make it with python vqkd.py, or give --tokenizer FILE")
-    state = file.get("model", file)
+    state = weights.state_dict(file, str(path))
     try:
         width, _, _, patch = state["encoder.patch_embed.proj.weight"].shape
         side = round(math.sqrt(state["encoder.pos_embed"].shape[1] - 1))
@@ -533,7 +536,7 @@ def encode_files(args, process):
     """--encode: token ids of one image or of every image under a folder -> OUT/tokens.npz (ids (n, gh, gw), names)."""
     model = load_tokenizer(args.init or args.out / "vqkd.pt", process.device)
     dataset = data.open_images(args.encode, data.eval_transform(model.encoder.image_size[0]))
-    ids = [model.encode(engine.to_float(images, process.device)).cpu() for images, _ in
+    ids = [model.encode(data.to_float(images, process.device)).cpu() for images, _ in
            data.make_loader(dataset, data.eval_batches(len(dataset), 64, 0, 1), 0, process.device)]
     gh, gw = model.encoder.grid
     args.out.mkdir(parents=True, exist_ok=True)
@@ -548,7 +551,7 @@ def main(argv=None):
         known, grid = dict(clip=512, dino=768), (args.image_size // args.patch_size,) * 2
         model = build(args, [known.get(name) or teachers.build_one(name, grid, args.patch_size, "cpu").dim
                              for name in teachers.split_names(args.teacher)])
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(engine.plain_args(args).items())))
+        print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters; {model.encoder.num_patches} patches per image; "
               f"{args.codes} codes of {args.code_dim} numbers; {args.batch_size} images per update")
         return None

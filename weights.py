@@ -17,19 +17,23 @@ Read in this order: load_backbone, read_architecture, load_state, resize_relativ
 
 import argparse
 import collections
+import hashlib
 import math
 import os
+import pickle
 import re
+import shlex
+import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import engine
-from engine import UserError
 from model import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ViT, relative_position_index
 
+ROOT = Path(__file__).resolve().parent
 # What was loaded, what stays as initialised, what the file holds beyond the model: names, as the model has them.
 Report = collections.namedtuple("Report", "loaded missing unexpected")
 
@@ -49,6 +53,107 @@ EXPECTED = {             # kind: (names that may be left over, names that may st
     # UPerNet with mmseg's names; its pyramid taps raw block outputs, so there is no norm.
     "segment": (r"(fpn\d|decode_head|auxiliary_head)\..*", r"(norm|fc_norm|head)\..*"),
 }
+
+
+# ------------------------------------------------------------------------------------------------------ files on disk
+class UserError(Exception):
+    """A mistake the user can mend: one sentence that names the thing and the remedy. engine.run exits 2 with it."""
+
+
+def tensors(contents, place=""):
+    """Every tensor inside nested dicts, lists and tuples, with its place: ("model.norm.weight", tensor), ..."""
+    if isinstance(contents, torch.Tensor):
+        yield place, contents
+    elif isinstance(contents, (dict, list, tuple)):
+        pairs = contents.items() if isinstance(contents, dict) else enumerate(contents)
+        for key, value in pairs:
+            yield from tensors(value, f"{place}.{key}" if place else str(key))
+
+
+def checksum(contents):
+    """SHA-256 over place, kind, shape and bytes of every tensor: torch.load itself would not notice a flipped bit."""
+    digest = hashlib.sha256()
+    for place, t in tensors(contents):
+        digest.update(f"{place} {t.dtype} {tuple(t.shape)}\n".encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_file(path, contents, previous=None):
+    """torch.save to a temporary name beside `path`, flush to disk, then rename: a reader never sees half a file, and
+    what was there stays until the new file is complete (under the name `previous`, where one is given)."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            # A file of tensors alone, as timm reads it, has no room for one.
+            bare = all(isinstance(v, torch.Tensor) for v in contents.values())
+            torch.save(contents if bare else contents | dict(checksum=checksum(contents)), f)
+            f.flush()
+            os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if temporary.is_file():
+            temporary.unlink()
+        raise UserError(f"could not write {path} ({' '.join(str(error).split())}): free some space or choose another "
+                        f"--out; the file that was there before is untouched") from error
+
+
+def read_file(path, kind=None, remedy=""):
+    """Load a checkpoint on the CPU without running any code in it; UserError for what is none, or not what was written.
+    An argparse.Namespace, which released files hold, is harmless and allowed; any other object is refused."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}" + (f"; {remedy}" if remedy else ""))
+    size = os.path.getsize(path)
+    try:
+        # torch.save does not compress. A file that states more bytes than it has would fill the memory (a zip bomb).
+        if zipfile.is_zipfile(path) and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
+            raise UserError(f"{path} unpacks to more than it holds, which no checkpoint does: not loaded")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+        found = list(tensors(contents))
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds objects other than tensors and numbers, or is damaged: not loaded") from error
+    except Exception as error:               # a damaged file raises whatever its reader stumbles over
+        raise UserError(f"{path} is truncated or no checkpoint at all: make or fetch it anew") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
+    odd = [place for place, t in found if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized]
+    if odd or sum(t.numel() * t.element_size() for _, t in found) > 4 * size + 2**20:        # 4: weights may be shared
+        raise UserError(f"{path} holds {f'a tensor of an odd kind ({odd[0]})' if odd else 'tensors'} without the numbers "
+                        f"that it would fill: not loaded")
+    if "checksum" in contents and contents["checksum"] != checksum(contents):
+        raise UserError(f"{path} is damaged (its tensors do not give its checksum): take an earlier copy, or make it anew")
+    if kind is not None and contents.get("kind") != kind:
+        raise UserError(f"{path} is a {contents.get('kind', 'foreign')!r} file where a {kind!r} file is needed")
+    return contents
+
+
+def describe_run(kind, args):
+    """What every file says about itself, beside its weights: arguments, commit, and a hash of each source file."""
+    status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse HEAD")
+    return dict(kind=kind, preset=args.model, data=str(args.data), image_size=args.image_size, args=plain_args(args),
+                commit="unknown" if status else commit, torch=str(torch.__version__), source_hash={
+                    f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sorted(ROOT.glob("*.py"))})
+
+
+def plain_args(args):
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
+
+
+def set_aside(stage, out):
+    """--fresh: earlier results move to OUT.1 (or .2 ...). With the tokenizer goes the whole folder, which stands on it;
+    a later stage moves only its own files, for it needs the others."""
+    aside = Path(next(f"{out}.{n}" for n in range(1, 10**6) if not Path(f"{out}.{n}").exists()))
+    if stage == "vqkd" and out.exists():
+        out.rename(aside)
+    for f in sorted(out.glob(f"{stage}.*")):
+        aside.mkdir(exist_ok=True)
+        f.rename(aside / f.name)
 
 
 # ------------------------------------------------------------------------------------------------- from file to model
@@ -79,7 +184,7 @@ def load_backbone(source, *, pool="mean", num_classes=0, image_size=None, drop_p
 def read(path):
     """A checkpoint, or a .safetensors file, which holds nothing but tensors by name."""
     if path.suffix != ".safetensors" or not path.is_file():
-        return engine.read_file(path)
+        return read_file(path)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
@@ -100,7 +205,7 @@ def arguments(checkpoint):
 
 def look_at(path, preset, remedy=""):
     """-> (checkpoint, kind, arch) of a file that a stage is to start from; UserError where --model is another one."""
-    checkpoint = engine.read_file(path, remedy=remedy)
+    checkpoint = read_file(path, remedy=remedy)
     state = state_dict(checkpoint, str(path))
     kind, arch = kind_of(state, str(path)), read_architecture(state, checkpoint.get("arch"), str(path))
     if arch["width"] != PRESETS[preset]["width"]:
@@ -115,6 +220,9 @@ def state_dict(checkpoint, name="the checkpoint"):
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise UserError(f"{name} holds no weights by name, neither under {', '.join(WRAPPERS)} nor directly: "
                         f"give a checkpoint of a stage here, or a released one")
+    if odd := [k for k, v in weights.items() if not v.is_floating_point() and not k.endswith("num_batches_tracked")]:
+        raise UserError(f"{name} holds {weights[odd[0]].dtype} numbers in {listed(odd)}, which are no weights: the file is "
+                        f"damaged or of another kind")
     return weights
 
 
@@ -482,15 +590,16 @@ def describe(c, path):
              ("backbone", f"width {a['width']}, {a['depth']} blocks, {a['heads']} heads, positions {a['positions']}, "
                           f"{'layer scale' if a['layer_scale'] else 'no layer scale'}, pool {a['pool']}"),
              ("heads", ", ".join(sizes) or "none"), ("parameters", f"{count:,} in {len(w)} tensors"),
+             ("checksum", "agrees with the tensors" if "checksum" in c.rest else "none in this file"),
              ("left behind", ", ".join(sorted({k.split('.')[0] for k in c.dropped})) or "nothing"),
              *(("good for", f"python {use} {path} --model {model}") for use in uses)]
     return "\n".join([str(path)] + [f"  {label:12} {text}" for label, text in lines])
 
 
 def write(path, contents):
-    """As engine.write_file, or a .safetensors file: under a temporary name, then renamed."""
+    """As write_file, or a .safetensors file: under a temporary name, then renamed."""
     if path.suffix != ".safetensors":
-        return engine.write_file(path, contents)
+        return write_file(path, contents)
     from safetensors.torch import save
     temporary = Path(f"{path}.tmp")
     try:
@@ -534,4 +643,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    import engine                        # which imports this file under its name: main has to be that one's
+    import weights
+    engine.run(weights.main)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import data
 import engine
+import weights
 from engine import UserError
 
 ALONE = engine.Process(0, 1, torch.device("cpu"))
@@ -34,23 +36,23 @@ def test_the_schedule_starts_at_zero_peaks_twice_and_never_reaches_the_final_rat
     (12, 5, 1, (4, 3)),                                      # parts are equal and no larger than asked for
     (7, 3, 1, (1, 7))])
 def test_a_batch_is_split_into_equal_micro_batches(batch, micro, world, expected):
-    assert engine.split_batch(batch, micro, world) == expected
+    assert data.split_batch(batch, micro, world) == expected
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused():
     with pytest.raises(UserError, match="--batch-size 9 .* 2 processes"):
-        engine.split_batch(9, None, 2)
+        data.split_batch(9, None, 2)
 
 
 def test_steps_and_warm_up_follow_from_the_epochs_or_keep_their_proportion():
     args = argparse.Namespace(batch_size=10, steps=None, epochs=4, warmup_epochs=1)
-    assert engine.resolve_steps(args, 25) == (8, 2, 2)       # 5 images too few for a third batch
+    assert data.resolve_steps(args, 25) == (8, 2, 2)       # 5 images too few for a third batch
     args.steps = 20
-    assert engine.resolve_steps(args, 25) == (20, 5, 2)      # a quarter of the steps, as in the recipe
+    assert data.resolve_steps(args, 25) == (20, 5, 2)      # a quarter of the steps, as in the recipe
     args.steps, args.warmup_epochs = 1, 4
-    assert engine.resolve_steps(args, 25) == (1, 0, 2)       # the warm-up leaves at least one step
+    assert data.resolve_steps(args, 25) == (1, 0, 2)       # the warm-up leaves at least one step
     with pytest.raises(UserError, match="9 training images .* lower --batch-size"):
-        engine.resolve_steps(args, 9)
+        data.resolve_steps(args, 9)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
@@ -76,9 +78,9 @@ def test_a_typed_flag_wins_over_the_recipe_and_the_recipe_over_what_stages_share
 
 
 def test_images_arrive_as_floats_between_0_and_1():
-    torch.testing.assert_close(engine.to_float(torch.tensor([0, 51, 255], dtype=torch.uint8), "cpu"), torch.tensor([0, 0.2, 1]))
+    torch.testing.assert_close(data.to_float(torch.tensor([0, 51, 255], dtype=torch.uint8), "cpu"), torch.tensor([0, 0.2, 1]))
     floats = torch.tensor([0.0, 0.3, 1.0])
-    assert torch.equal(engine.to_float(floats, "cpu"), floats)           # the range is declared by the type, never guessed
+    assert torch.equal(data.to_float(floats, "cpu"), floats)           # the range is declared by the type, never guessed
 
 
 def test_the_same_seeds_give_the_same_draws_from_all_three_generators():
@@ -163,11 +165,11 @@ def test_fresh_moves_the_folder_of_a_tokenizer_but_only_the_files_of_a_later_sta
     def names(folder):
         return sorted(f.name for f in folder.iterdir())
     fill("vqkd.pt", "pretrain.pt", "pretrain.jsonl")
-    engine.set_aside("pretrain", out)
+    weights.set_aside("pretrain", out)
     assert names(out) == ["vqkd.pt"] and names(tmp_path / "tiny.1") == ["pretrain.jsonl", "pretrain.pt"]
-    engine.set_aside("vqkd", out)
+    weights.set_aside("vqkd", out)
     assert not out.exists() and names(tmp_path / "tiny.2") == ["vqkd.pt"]
-    engine.set_aside("vqkd", out)                            # nothing there: nothing happens
+    weights.set_aside("vqkd", out)                            # nothing there: nothing happens
     assert not (tmp_path / "tiny.3").exists()
 
 
@@ -216,7 +218,7 @@ def test_a_resumed_log_holds_no_step_twice(tmp_path):
 # ------------------------------------------------------------------------------------------------------ how a run ends
 @pytest.mark.parametrize("error, code, says", [
     (UserError("--lr is wrong"), 2, "error: --lr is wrong\n"),
-    (UserError("Caught UserError in worker 0.\nTraceback ...\nengine.UserError: a.jpg is broken"), 2, "error: a.jpg is broken\n")])
+    (UserError("Caught UserError in worker 0.\nTraceback ...\nweights.UserError: a.jpg is broken"), 2, "error: a.jpg is broken\n")])
 def test_a_user_error_is_one_sentence_and_exit_code_2(error, code, says, capsys):
     def main():
         raise error
@@ -225,7 +227,59 @@ def test_a_user_error_is_one_sentence_and_exit_code_2(error, code, says, capsys)
     assert caught.value.code == code and capsys.readouterr().err == says
 
 
-def test_a_loss_that_is_no_number_ends_the_run():
-    engine.check_finite(1.0, 3, arguments(out="runs/x"))
-    with pytest.raises(UserError, match="nan at step 3.*--lr"):
-        engine.check_finite(math.nan, 3, arguments(out="runs/x"))
+def watch(tmp_path, process=ALONE, names=lambda step: [f"image {step}", "b", "c", "d"]):
+    args = arguments(out=tmp_path)
+    return engine.Watch(args, process, engine.Log(tmp_path / "vqkd.jsonl", args, process), names)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_with_the_first_such_step_and_its_images(tmp_path, loss):
+    w = watch(tmp_path)
+    w.note(torch.tensor(1.0), 3)
+    assert w.look(3, now=False) == 0
+    for step, value in ((4, 1.0), (5, loss), (6, 2.0), (7, loss)):           # 5: noticed late, as on a GPU
+        w.note(torch.tensor(value), step)
+    with pytest.raises(UserError, match="not finite at step 5: lower --lr, or check .*image 5, b, c; all of them are in"):
+        w.look(7, now=True)
+    assert json.loads((tmp_path / "vqkd.jsonl").read_text().splitlines()[-1])["images"] == ["image 5", "b", "c", "d"]
+
+
+def test_a_gpu_is_waited_for_every_tenth_step_and_before_logging_or_saving_only(tmp_path):
+    w = watch(tmp_path, engine.Process(0, 1, torch.device("cpu")))
+    w.process = engine.Process(0, 1, torch.device("cuda"))   # the numbers are on the CPU here, the rule is the GPU's
+    w.note(torch.tensor(math.nan), 11)
+    assert w.look(11, now=False) == 0
+    for step, now in ((11, True), (20, False)):
+        with pytest.raises(UserError, match="not finite at step 11"):
+            w.look(step, now)
+
+
+def test_the_images_of_an_update_follow_from_its_step():
+    dataset = data.open_data("shapes", "train", limit=40)
+    loaded = list(data.train_batches(40, 8, 7, seed=3))
+    for step in (0, 6):
+        assert data.names_of(dataset, 8, step, seed=3) == [f"shapes train {i}" for _, i in loaded[step]]
+
+
+def test_a_log_refuses_to_go_on_with_other_data_and_says_so_of_another_place(tmp_path, capsys):
+    def start(step, **facts):
+        return engine.Log(tmp_path / "vqkd.jsonl", arguments(), ALONE, step, **facts)
+    start(0, images=5, steps=9)(step=0, loss=1.0)
+    before = (tmp_path / "vqkd.jsonl").read_text()
+    start(1, images=5, steps=9)
+    assert (tmp_path / "vqkd.jsonl").read_text() == before and capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="shapes is not what it was .*images 5 -> 6.*--fresh"):
+        start(1, images=6, steps=9)
+    lines = before.replace(f'"threads": {torch.get_num_threads()}', '"threads": 99')
+    (tmp_path / "vqkd.jsonl").write_text(lines)
+    start(1, images=5, steps=9)
+    assert "in another place (threads 99 -> 1)" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path):
+    log = engine.Log(tmp_path / "run" / "vqkd.jsonl", arguments(), ALONE)
+    (tmp_path / "run").rename(tmp_path / "moved")            # while the run goes on
+    with pytest.raises(UserError, match="cannot write .*vqkd.jsonl .No such file.*put the folder back"):
+        log(step=1)
+    with pytest.raises(UserError, match="cannot write .*choose another --out"):
+        engine.Log("/proc/no/vqkd.jsonl", arguments(), ALONE)

@@ -215,7 +215,7 @@ def test_the_handed_over_head_gives_the_reported_accuracy(tmp_path, capsys):
     file = engine.read_file(tmp_path / "linprobe_random.pt")
     source = linprobe.load_source("random", linprobe.parse_args(["--source", "random"]), torch.device("cpu"))
     val = data.open_data("shapes", "val", limit=200)
-    features = source.encode(engine.to_float(val.images, "cpu"))[:, source.layers.index(file["block"])]
+    features = source.encode(data.to_float(val.images, "cpu"))[:, source.layers.index(file["block"])]
     half = features.shape[1] // 2
     x = dict(cls=features[:, :half], mean=features[:, half:], both=features)[file["readout"]]
     logits = x @ file["model"]["weight"].T + file["model"]["bias"]

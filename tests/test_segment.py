@@ -346,7 +346,7 @@ def test_padding_lies_right_and_below_with_the_mean_colour_and_no_label():
     out, target = SegmentTransform(48, distortion=False).pad(image, labels)
     assert torch.equal(target[:30, :40], labels) and (out[:, :30, :40] == 0).all()
     assert (target[30:] == IGNORE).all() and (target[:, 40:] == IGNORE).all()
-    padded = imagenet_normalize(engine.to_float(out[None], torch.device("cpu")))[0]
+    padded = imagenet_normalize(data.to_float(out[None], torch.device("cpu")))[0]
     assert padded[:, 30:].abs().max() < 0.01 and padded[:, :, 40:].abs().max() < 0.01    # 0 but for bytes
     assert out[:, 40, 40].tolist() == [round(255 * m) for m in IMAGENET_MEAN]
 
