@@ -296,6 +296,7 @@ def main(argv=None):
     p.add_argument("--results", type=Path, default=RUNS / "ablations.md", help="the table to write; .jsonl beside it")
     p.add_argument("--list", action="store_true", help="print the rows and what the paper says of each")
     args, run_flags = p.parse_known_args(argv)               # further flags go to both stages and the probe
+    engine.check_ranges(args, [("seeds", 0, 2**32 - 1)])
     if unknown := set(args.rows) - {row.name for row in ROWS}:
         raise engine.UserError(f"there is no row {', '.join(sorted(unknown))}: python ablate.py --list names them")
     if args.list:

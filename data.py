@@ -10,8 +10,13 @@ So the number of workers or processes and a killed run change nothing, and resum
 Read in this order: Images, draw_shapes, Cifar, Folder, the four transforms, SegmentTransform, Scenes, TrainBatches.
 """
 # Shapes used in this file:  n images in a data set, c images drawn in one pass, S side of a shapes image
+import contextlib
 import math
 import os
+import signal
+import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +32,8 @@ from model import IMAGENET_MEAN, IMAGENET_STD
 
 BICUBIC = dict(interpolation=InterpolationMode.BICUBIC, antialias=True)      # as Pillow's, which the authors use
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+# What such a file may hold, whatever its ending says. Pillow knows more, and some of that (EPS) runs other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
 
 class Images(Dataset):
@@ -93,8 +100,8 @@ def open_data(name, split, transform=None, *, data_dir="datasets", download=Fals
     if name in ("cifar10", "cifar100"):
         return Cifar(name, split, transform, seed, limit, data_dir, download)
     if not os.path.isdir(name):
-        raise UserError(f"--data {name}: there is no such folder; give shapes, cifar10, cifar100 or a folder with "
-                        f"train/CLASS/* and val/CLASS/* (ImageNet: from image-net.org, laid out that way)")
+        raise UserError(f"--data {shown(name)}: there is no such folder; give shapes, cifar10, cifar100 or a folder "
+                        f"with train/CLASS/* and val/CLASS/* (ImageNet: from image-net.org, laid out that way)")
     return Folder(name, split, transform, seed, limit, labelled)
 
 
@@ -326,39 +333,81 @@ class Cifar(InMemory):
         return dict(images=images, labels=np.array(source.targets[:self.limit]), classes=list(source.classes))
 
 
-def read_image(path):
+def shown(path):
+    """A path or name as a message shows it, on one line: line breaks and bytes that are no text are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in os.fsdecode(path))
+
+
+@contextlib.contextmanager
+def open_picture(path, kind="image"):
+    """A picture file, opened by Pillow; whatever goes wrong with it inside the block becomes one sentence."""
+    from PIL import Image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # a damaged note beside the pixels is no concern of ours,
+            warnings.simplefilter("error", Image.DecompressionBombWarning)               # 90 million pixels are
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except Exception as error:                               # a broken file raises whatever its decoder stumbles over
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the {kind} {shown(path)} ({reason}): remove it or replace it") from error
+
+
+def read_image(path, draft=False):
     """Any picture Pillow reads -> (3, H, W) uint8 RGB, by one rule: first frame, turned upright as its EXIF note says,
     16 bits scaled to 8, transparency laid over white, all else (grey, palette, CMYK) as Pillow converts it to RGB.
+    `draft`: a JPEG comes at an eighth of its size, in a fifth of the time; what is broken in it shows all the same.
 
     Differs from the authors' loader, which drops transparency and shows whatever colour lies below it."""
     from PIL import Image, ImageOps
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers of unknown range")
-            if image.mode.startswith("I"):                   # 16-bit grey; "I" in older versions of Pillow
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except Exception as error:                               # a broken file raises whatever its decoder stumbles over
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the image {path} ({reason}): remove it or replace it") from error
+    with open_picture(path) as image:
+        if draft:
+            image.draft(None, (1, 1))
+        image.load()
+        with contextlib.suppress(Exception):                 # a damaged note does not say which side is up
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range")
+        if image.mode.startswith("I"):                       # 16-bit grey, which Pillow also calls "I", as 32-bit
+            levels = np.asarray(image)
+            if levels.min() < 0 or levels.max() > 65535:
+                raise ValueError("its pixels are 32-bit numbers of unknown range")
+            image = Image.fromarray((levels / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def find_images(folder):
+def no_entry(error):
+    """os.walk would pass over a folder that may not be read, and its images would be missing without a word."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise UserError(f"cannot look into the folder {shown(error.filename)} ({error.strerror}): change its "
+                        f"permissions, or move it away") from error
+
+
+def entries_of(folder):
+    """Names of the folders and of the files in `folder`, hidden ones left out; none where there is no such folder."""
+    _, *kinds = next(os.walk(folder, onerror=no_entry), (folder, [], []))
+    return [[name for name in names if not name.startswith(".")] for names in kinds]
+
+
+def find_images(folder, above=()):
     """All picture files at any depth below a folder, sorted, so that every machine numbers them alike. Other files and
-    hidden ones are passed over; folders that are links are followed."""
-    return sorted(os.path.join(parent, file) for parent, _, files in os.walk(folder, followlinks=True) for file in files
-                  if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith("."))
+    hidden ones are passed over; folders that are links are followed, but not back to a folder that we are in."""
+    here = os.path.realpath(folder)
+    folders, files = entries_of(folder) if here not in above else ([], [])
+    found = [os.path.join(folder, name) for name in files if name.lower().endswith(IMAGE_ENDINGS)]
+    for name in folders:
+        found += find_images(os.path.join(folder, name), (*above, here))
+    return sorted(found)
 
 
 def class_folders(folder):
     """Names of the folders in `folder`, sorted, hidden ones left out; none where there is no such folder."""
-    entries = os.scandir(folder) if os.path.isdir(folder) else []
-    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entries_of(folder)[0])
 
 
 def find_classes(root):
@@ -367,11 +416,13 @@ def find_classes(root):
     for split in ("train", "val"):
         found[split] = class_folders(os.path.join(root, split))
         if not found[split]:
-            raise UserError(f"{root} has no class folders {split}/CLASS/*, which give the labels: put the images there")
+            raise UserError(f"{shown(root)} has no class folders {split}/CLASS/*, which give the labels: put the "
+                            f"images there")
     odd = sorted(set(found["train"]) ^ set(found["val"]))
     if odd:
+        root, odd = shown(root), shown(", ".join(odd[:5]))
         raise UserError(f"{root}/train and {root}/val must hold the same class folders, but only one of them has "
-                        f"{', '.join(odd[:5])}: add or remove it")
+                        f"{odd}: add or remove it")
     return found["train"]
 
 
@@ -390,7 +441,8 @@ class Folder(Images):
                 folder = os.path.join(root, split, name)
                 found = find_images(folder)
                 if not found:
-                    raise UserError(f"the class folder {folder} holds no image: fill it, or remove it from both splits")
+                    raise UserError(f"the class folder {shown(folder)} holds no image: fill it, or remove it from both "
+                                    f"splits")
                 paths += found
                 labels += [number] * len(found)
         elif split is None:
@@ -402,8 +454,8 @@ class Folder(Images):
             paths = find_images(train if os.path.isdir(train) else root)
             paths = [path for i, path in enumerate(paths) if (i % 20 == 0) == (split == "val")]
         if not paths:
-            raise UserError(f"{root} holds no image for {split or 'this'} ({' '.join(IMAGE_ENDINGS)}): check the name, "
-                            f"or put images there (2 or more for training)")
+            raise UserError(f"{shown(root)} holds no image for {split or 'this'} ({' '.join(IMAGE_ENDINGS)}): check "
+                            f"the name, or put images there (2 or more for training)")
         kept = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths))).round().astype(int)
         self.labels = torch.tensor(labels)[kept] if labelled else None
         # One array of bytes: workers would copy a list of a million strings, page by page, just by counting references.
@@ -416,8 +468,12 @@ class Folder(Images):
     def image(self, index):
         return read_image(os.fsdecode(self.paths[index]))
 
+    def look(self, index):
+        """Reads image `index` only to see whether that goes well."""
+        read_image(os.fsdecode(self.paths[index]), draft=True)
+
     def title(self, index):
-        return os.fsdecode(self.paths[index])
+        return shown(os.fsdecode(self.paths[index]))
 
     def __len__(self):
         return len(self.paths)
@@ -430,8 +486,9 @@ def open_class_folders(root, transform=None, seed=0, limit=None):
     dataset = Folder(root, None, transform, seed, limit, labelled=False)
     folders, number = [path[first:].split(os.sep)[0] for path in dataset.names], {c: i for i, c in enumerate(classes)}
     if stray := set(folders) - set(classes):
+        root = shown(root)
         raise UserError(f"{root} has {'images outside its' if classes else 'no'} class folders, which give the labels "
-                        f"({min(stray)}): put them into {root}/CLASS/*")
+                        f"({shown(min(stray))}): put them into {root}/CLASS/*")
     dataset.labels, dataset.classes = torch.tensor([number[folder] for folder in folders]), classes
     return dataset
 
@@ -538,6 +595,9 @@ class EvalTransform:
         size = [self.size, self.size]
         if self.size >= 384 or max(image.shape[-2:]) <= 64:
             return image if list(image.shape[-2:]) == size else VF.resize(image, size, **BICUBIC)
+        longest = 8 * min(image.shape[-2:])                  # of a strip, say 20,000 x 10, the crop shows the middle:
+        if max(image.shape[-2:]) > longest:                  # enlarged as a whole it would fill the memory
+            image = VF.center_crop(image, [min(side, longest) for side in image.shape[-2:]])
         return VF.center_crop(VF.resize(image, [self.size * 256 // 224], **BICUBIC), size)
 
 
@@ -689,27 +749,34 @@ class SceneFolder(Scenes):
         images, maps = (os.path.join(root, kind, self.FOLDERS[split]) for kind in ("images", "annotations"))
         paths = find_images(images)
         if not paths:
-            raise UserError(f"{images} holds no image: label maps want ADE20K's layout, images/{{training,validation}}/"
-                            f"NAME.jpg and annotations/{{training,validation}}/NAME.png")
+            raise UserError(f"{shown(images)} holds no image: label maps want ADE20K's layout, images/{{training,"
+                            f"validation}}/NAME.jpg and annotations/{{training,validation}}/NAME.png")
         kept = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths))).round().astype(int)
         paths = [paths[i] for i in kept]
         targets = [os.path.join(maps, os.path.splitext(os.path.relpath(path, images))[0] + ".png") for path in paths]
         for path, target in zip(paths, targets):
             if not os.path.isfile(target):
-                raise UserError(f"there is no annotation {target} for {path}: add it, or remove the image")
+                raise UserError(f"there is no annotation {shown(target)} for {shown(path)}: add it, or remove the "
+                                f"image")
         self.paths = np.array([os.fsencode(path) for path in paths])     # arrays of bytes, as in Folder
         self.targets = np.array([os.fsencode(target) for target in targets])
 
     def title(self, index):
-        return os.fsdecode(self.paths[index])
+        return shown(os.fsdecode(self.paths[index]))
 
     def pair(self, index):
         path, target = os.fsdecode(self.paths[index]), os.fsdecode(self.targets[index])
         image, labels = read_image(path), read_labels(target, len(self.classes))
         if image.shape[1:] != labels.shape:
-            raise UserError(f"{target} is {labels.shape[1]}x{labels.shape[0]}, its image {path} "
+            raise UserError(f"{shown(target)} is {labels.shape[1]}x{labels.shape[0]}, its image {shown(path)} "
                             f"{image.shape[2]}x{image.shape[1]}: they must have the same size")
         return image, labels
+
+    def look(self, index):
+        """As in Folder. Sizes or class numbers that do not fit are no damage: they end a run all the same."""
+        read_image(os.fsdecode(self.paths[index]), draft=True)
+        with open_picture(os.fsdecode(self.targets[index]), "annotation") as picture:
+            picture.load()
 
     def __len__(self):
         return len(self.paths)
@@ -727,18 +794,13 @@ def class_names(root, count):
 
 def read_labels(path, classes):
     """An annotation -> labels (H, W) uint8. ADE20K's rule: 0 becomes IGNORE, any other number one less, 255 stays."""
-    from PIL import Image
-    try:
-        with Image.open(path) as picture:
-            mode, numbers = picture.mode, np.array(picture)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the annotation {path} ({reason}): make or fetch it anew") from error
+    with open_picture(path, "annotation") as picture:
+        mode, numbers = picture.mode, np.array(picture)
     if mode not in ("L", "P", "I", "I;16"):
-        raise UserError(f"{path} has pixels of kind {mode}: an annotation has one channel of class numbers")
+        raise UserError(f"{shown(path)} has pixels of kind {mode}: an annotation has one channel of class numbers")
     beyond = numbers[(numbers > classes) & (numbers != IGNORE)]
     if beyond.size:
-        raise UserError(f"{path} holds label {beyond.max()}, but there are {classes} classes: give --classes N")
+        raise UserError(f"{shown(path)} holds label {beyond.max()}, but there are {classes} classes: give --classes N")
     labels = np.where((numbers == 0) | (numbers == IGNORE), IGNORE, numbers.astype(np.int64) - 1)
     return torch.from_numpy(labels.astype(np.uint8))
 
@@ -753,9 +815,66 @@ def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0
         return ShapeScenes(split, transform, seed, limit)
     if name in ("cifar10", "cifar100") or not os.path.isdir(name):
         reason = "these images have no label maps" if name in ("cifar10", "cifar100") else "there is no such folder"
-        raise UserError(f"--data {name}: {reason}; give shapes or a folder with images/training, images/validation, "
-                        f"annotations/training, annotations/validation (ADE20K: ADEChallengeData2016.zip)")
+        raise UserError(f"--data {shown(name)}: {reason}; give shapes or a folder with images/training, "
+                        f"images/validation, annotations/training, annotations/validation (ADE20K: "
+                        f"ADEChallengeData2016.zip)")
     return SceneFolder(name, split, classes or 150, transform, seed, limit)
+
+
+# ------------------------------------------------------------------------------------------------- unreadable images
+class Look(Dataset):
+    """look[index] -> why picture file `index` of a data set cannot be read, as a sentence; "" where it can."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index):
+        try:
+            self.dataset.look(index)
+        except UserError as error:
+            return str(error)
+        return ""
+
+
+def leave_out_bad(args, *datasets):
+    """--on-bad-image skip: read every picture file of these data sets once, and take those out that cannot be read; all
+    of them, with the reasons, stand in OUT/bad_images.txt.
+
+    At the start and not when a batch meets one: so an epoch has one length, an evaluation counts each readable image
+    once, and a run that goes on meets the same images. Each process reads its share and hears of all."""
+    datasets = [dataset for dataset in datasets if hasattr(dataset, "paths")]            # shapes and CIFAR have none
+    if args.on_bad_image == "stop" or not datasets:
+        return
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    total, bad = sum(map(len, datasets)), []
+    for dataset in datasets:
+        batches = eval_batches(len(dataset), 64, rank, processes)
+        shares = [[reason for part in make_loader(Look(dataset), batches, args.workers, "cpu") for reason in part]]
+        if processes > 1:
+            share, shares = shares[0], [None] * processes
+            dist.all_gather_object(shares, share)
+        reasons = sum(shares, [])                            # of all images, "" for each good one
+        good = np.array([not reason for reason in reasons])
+        if not good.any():
+            raise UserError(f"none of the {len(good)} images of {shown(dataset.name)} can be read: {reasons[0]}")
+        bad += [(dataset.title(i), reasons[i]) for i in np.flatnonzero(~good)]
+        for name in ("paths", "targets", "labels"):
+            if getattr(dataset, name, None) is not None:
+                setattr(dataset, name, getattr(dataset, name)[good])
+    if rank > 0:
+        return
+    file = Path(args.out, "bad_images.txt")
+    try:
+        file.unlink(missing_ok=True)
+        if bad:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(f"{reason}\n" for _, reason in bad), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {shown(file)} ({error.strerror}): choose another --out") from error
+    if bad:
+        some = ", ".join(title for title, _ in bad[:3]) + ", ..." * (len(bad) > 3)
+        print(f"warning: {len(bad)} of {total} images cannot be read and are left out ({some}); {file} says why",
+              file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- who gets which image
@@ -841,8 +960,14 @@ def zeros_to_sum(n, device):
     return torch.zeros(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
+def leave_ctrl_c_alone(worker):
+    """Ctrl-C reaches all processes of a terminal; the training loop decides what becomes of it, not its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(dataset, batches, workers, device):
     """A DataLoader over ready-made batches. Workers stay alive; pages are pinned where a GPU fetches them."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
                       prefetch_factor=4 if workers else None, pin_memory=torch.device(device).type == "cuda",
+                      worker_init_fn=leave_ctrl_c_alone,
                       generator=torch.Generator())           # its own, or it would draw from that of the training loop

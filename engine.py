@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import random
 import signal
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from weights import UserError, describe_run, read_file, set_aside, write_file
+from weights import Log, UserError, describe_run, read_file, set_aside, write_file  # noqa: F401
 
 Process = collections.namedtuple("Process", "rank world_size device")
 POSITIVE = "limit image_size patch_size batch_size micro_batch epochs steps log_every save_every".split()
@@ -33,10 +32,11 @@ SAME_RUN = "fresh dry_run workers log_every save_every device compile download d
 def run(main):
     """Call a stage's main(). A UserError becomes one sentence on stderr and exit code 2, under torchrun only once; a
     process that lost another one says so and exits 1; SIGTERM and Ctrl-C end a run with its state saved (143, 130)."""
-    sys.stdout.reconfigure(line_buffering=True)              # os._exit would drop what is still in the buffer
-    handler = StopSignal()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+    # Unbuffered lines, as os._exit would drop what is still in the buffer; and file names may be no valid UTF-8.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    signal.signal(signal.SIGINT, StopSignal())
+    if "RANK" not in os.environ:             # torchrun needs SIGTERM's default until the loop: it ends a waiting process
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
         main()
     except Exception as error:
@@ -46,13 +46,14 @@ def run(main):
         time.sleep(5 if rank > 0 else 0)
         if isinstance(error, UserError):
             # A loader's worker wraps the sentence in its traceback, as the last line.
-            text, code = str(error).splitlines()[-1].rpartition("UserError: ")[2], 2
+            text, code = str(error), 2
+            text = text.splitlines()[-1].rpartition("UserError: ")[2] if text.startswith("Caught ") else text
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             text, code = (f"rank {rank} lost another process, whose own words or the launcher's say why; the same "
                           f"command goes on from the last resume file"), 1
         else:
             raise
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
         os._exit(code) if dist.is_initialized() else sys.exit(code)      # peers may hang: do not wait for them
     finally:
         if dist.is_initialized():
@@ -77,9 +78,10 @@ class Watch:
     def __init__(self, args, process, log, names):
         self.args, self.process, self.log, self.names = args, process, log, names        # names(step): images of a step
         self.first_bad = torch.full((), sys.maxsize, device=process.device)
-        self.handler = signal.getsignal(signal.SIGTERM)      # a StopSignal, unless a notebook calls main
+        self.handler = signal.getsignal(signal.SIGINT)       # a StopSignal, unless a notebook calls main
         if isinstance(self.handler, StopSignal):
             self.handler.in_loop = True
+            signal.signal(signal.SIGTERM, self.handler)
 
     def note(self, loss, step):
         """Keep the first step whose loss is not finite, without waiting for the device."""
@@ -115,6 +117,9 @@ def add_run_args(parser):
     g.add_argument("--data-dir", default="datasets", help="where CIFAR lies")
     g.add_argument("--download", action="store_true", help="fetch CIFAR if it is not in --data-dir")
     g.add_argument("--limit", type=int, help="use only the first n images of each split")
+    g.add_argument("--on-bad-image", default="stop", choices=["stop", "skip"],
+                   help="an image that cannot be read ends the run; or all are read once at the start, and bad ones "
+                        "left out and listed in OUT/bad_images.txt; default: stop")
     g.add_argument("--image-size", type=int, help="pixels; base: 224")
     g.add_argument("--patch-size", type=int, help="pixels; base: 16")
     g.add_argument("--out", type=Path, help="folder of this run; default runs/MODEL")
@@ -137,22 +142,31 @@ def with_recipe(args, recipes):
     """Fill every flag left at None: from the preset's row of the stage's RECIPES, else from what all stages share."""
     if args.model not in recipes:
         raise UserError(f"--model {args.model} is not a preset of this stage; choose from {', '.join(recipes)}")
+    if args.steps is not None and args.epochs is not None:
+        raise UserError(f"--steps {args.steps} and --epochs {args.epochs} both say how long to train: give one of them")
     tiny = args.model == "tiny"
     shared = dict(out=Path("runs") / args.model, log_every=20, save_every=200, amp_auto=args.amp == "auto",
                   data="shapes" if tiny else "datasets/imagenet", workers=1 if tiny else min(8, os.cpu_count() or 1))
     for name, value in (shared | recipes[args.model]).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    check_ranges(args, [(name, 1, 10**12) for name in POSITIVE] + [("workers", 0, 1024)])
+    check_ranges(args, [(name, 1, 10**9) for name in POSITIVE] + [("workers", 0, 1024), ("seed", 0, 2**32 - 1)])
     return args
 
 
 def check_ranges(args, ranges):
-    """Refuse a flag outside its (name, low, high), NaN included. Flags that stayed at None pass."""
+    """Refuse a flag, or one number of several, outside its (name, low, high), NaN included. Those left at None pass."""
     for name, low, high in ranges:
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {value}")
+        given = getattr(args, name)
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {value}")
+
+
+def check_sizes(image_size, patch_size):
+    """Refuse sizes that make no grid of patches, or one whose tables of positions would fill the memory."""
+    check_ranges(argparse.Namespace(image_size=image_size, patch_size=patch_size), [
+        ("patch_size", 1, image_size), ("image_size", patch_size, 128 * patch_size)])
 
 
 # --------------------------------------------------------------------------------------------- processes and devices
@@ -168,7 +182,11 @@ def init_distributed(device="auto"):
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(minutes=30))
+        # torchrun --max-restarts keeps its store, where processes that are gone have left their addresses: a name of its
+        # own for each start.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=datetime.timedelta(minutes=30))
     return Process(rank, world_size, torch.device(device))
 
 
@@ -322,52 +340,6 @@ def finish(stage, args, contents):
     write_file(args.out / f"{stage}.pt", contents)
     for f in args.out.glob(f"{stage}.resume.pt*"):           # .prev, and .tmp of a process killed while writing
         f.unlink()
-
-
-class Log:
-    """One JSON line per call on rank 0, appended to STAGE.jsonl; the first line says what the run is. On resuming,
-    lines of steps that the resume file does not know are cut off, so that no step stands there twice. With `append`
-    (measurements, which are no runs) all lines stay, and another first line follows them."""
-
-    def __init__(self, path, args, process, start_step=0, append=False, **facts):
-        self.path, self.active, self.begin = Path(path), process.rank == 0, time.time()
-        if not self.active:
-            return
-        place = dict(machine=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", device=str(process.device),
-                     threads=torch.get_num_threads(), processes=process.world_size, torch=str(torch.__version__))
-        with self.writing():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            lines = [x for x in lines if x.endswith("}\n") and (
-                append or start_step and json.loads(x).get("step", -1) < start_step)]
-            temporary = Path(f"{self.path}.tmp")             # a kill between two lines must not cost the log
-            temporary.write_text("".join(lines))
-            os.replace(temporary, self.path)
-        if append or not lines:
-            self(**describe_run(self.path.stem, args) | place, python=platform.python_version(), cores=os.cpu_count(),
-                 **facts)
-            return
-        first = json.loads(lines[0])
-        if changed := [f"{k} {first[k]} -> {v}" for k, v in facts.items() if k in first and first[k] != round(v, 6)]:
-            raise UserError(f"{args.data} is not what it was when this run began ({', '.join(changed)}): restore it, or "
-                            f"add --fresh")
-        if moved := ", ".join(f"{k} {first.get(k)} -> {v}" for k, v in place.items() if first.get(k) != v):
-            print(f"note: the run goes on in another place ({moved}): its end will be close, not equal to the last bit, "
-                  f"to that of a run without a break", file=sys.stderr)
-
-    @contextlib.contextmanager
-    def writing(self):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}): free some space, or put the folder back if "
-                            f"it was moved, or choose another --out; the last resume file is untouched") from error
-
-    def __call__(self, **facts):
-        if self.active:
-            facts = {k: round(v, 6) if isinstance(v, float) else v for k, v in facts.items()}
-            with self.writing(), open(self.path, "a") as f:
-                f.write(json.dumps(facts | dict(time=round(time.time() - self.begin, 2))) + "\n")
 
 
 def progress(start, total, process, label):

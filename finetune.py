@@ -208,6 +208,7 @@ def parse_args(argv=None):
     args.image_size, args.patch_size = args.image_size or facts["image_size"], args.patch_size or facts["patch_size"]
     if args.init != "scratch" and args.patch_size != facts["patch_size"]:
         raise UserError(f"--patch-size {args.patch_size}: the weights have {facts['patch_size']}; leave the flag out")
+    engine.check_sizes(args.image_size, args.patch_size)
     weights.grid_of(args.image_size, args.patch_size)
     engine.check_ranges(args, [
         ("lr", 0, 10), ("min_lr", 0, 10), ("layer_decay", 1e-3, 1), ("weight_decay", 0, 10), ("drop_path", 0, 0.99),
@@ -279,9 +280,9 @@ def columns_of(dataset, names, source):
     """Which logit each class of a data set is, by name alone. -> (classes of the data set,) long"""
     number = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in dataset.classes if name not in number]:
-        some = ", ".join(unknown[:5] + ["..."] * (len(unknown) > 5))
-        raise UserError(f"{dataset.name} has {len(unknown)} classes that {source} does not know ({some}): take them "
-                        f"away, or name the logits with --classes FILE")
+        some = data.shown(", ".join(unknown[:5] + ["..."] * (len(unknown) > 5)))
+        raise UserError(f"{data.shown(dataset.name)} has {len(unknown)} classes that {source} does not know ({some}): "
+                        f"take them away, or name the logits with --classes FILE")
     return torch.tensor([number[name] for name in dataset.classes])
 
 
@@ -305,6 +306,7 @@ def open_sets(args):
     train_set, val_set = open_set(args.data, "train", augment, args, alone=not args.evaluations), None
     if args.evaluations:
         val_set = open_set(args.data, "val", data.eval_transform(args.image_size), args)
+    data.leave_out_bad(args, train_set, val_set)
     for dataset in filter(None, (train_set, val_set) if args.classes else ()):
         names = read_classes(args.classes)
         dataset.labels, dataset.classes = columns_of(dataset, names, args.classes)[dataset.labels], names
@@ -456,6 +458,7 @@ def robustness(args, process):
         columns = columns_of(dataset, names or dataset.classes, source)
         dataset.labels = columns[dataset.labels]
         sets.append((name, dataset, columns))
+    data.leave_out_bad(args, *[dataset for _, dataset, _ in sets])
     log = engine.Log(args.out / "finetune_eval.jsonl", args, process, append=True)
     model, results = model.to(process.device), {}
     say, width = print if process.rank == 0 else lambda text: None, max(len(name) for name, _, _ in sets)

@@ -17,6 +17,7 @@ Read in this order: readout, summarise, gains, train_heads, accuracy, knn, probe
 
 import argparse
 import collections
+import copy
 import json
 import time
 from pathlib import Path
@@ -167,8 +168,14 @@ def parse_args(argv=None):
     g.add_argument("--augment", type=int, default=0,
                    help="random crops and flips per training image, kept as further features; base: 0, only the image")
     args = engine.with_recipe(p.parse_args(argv), RECIPES)
-    if args.blocks < 1 or args.augment < 0 or args.weight_decay < 0 or not all(0 < r <= 10 for r in args.rates):
-        raise engine.UserError("--blocks must be at least 1, --augment, --weight-decay at least 0, --rates in (0, 10]")
+    sizes = [getattr(args, name) or PRESETS[args.model][name] for name in ("image_size", "patch_size")]
+    engine.check_sizes(*sizes)
+    if args.source in ("random", "all"):                     # the others have the patches of their file
+        weights.grid_of(*sizes)
+    engine.check_ranges(args, [
+        ("blocks", 1, 1000), ("rates", 1e-9, 10), ("weight_decay", 0, 1000), ("augment", 0, 100)])
+    if args.checkpoint and args.source in ("tokenizer", "random"):
+        raise engine.UserError(f"--source {args.source} does not read --checkpoint {args.checkpoint}: leave one out")
     return args
 
 
@@ -248,6 +255,7 @@ def probe(source, args, process, log):
     plain = data.eval_transform(source.image_size)
     train_set = data.open_data(args.data, "train", plain, **open_)
     val_set = data.open_data(args.data, "val", plain, **open_)
+    data.leave_out_bad(args, train_set, val_set)
     n, classes = len(train_set), len(train_set.classes)
     if n < 10:
         raise engine.UserError(f"{n} training images are too few to hold a tenth out: raise --limit or add images")
@@ -256,7 +264,8 @@ def probe(source, args, process, log):
     fit, held = hold_out(n, args.seed)
     features, labels = extract(source, train_set, [(0, i) for i in torch.cat([fit, held]).tolist()], args, process)
     if args.augment:
-        crops = data.open_data(args.data, "train", data.vqkd_transform(source.image_size), **open_)
+        crops = copy.copy(train_set)                         # the same images, seen in another way
+        crops.transform = data.vqkd_transform(source.image_size)
         views = [(view, i) for view in range(args.augment) for i in fit.tolist()]
         more = extract(source, crops, views, args, process)
     seconds = time.time() - begin

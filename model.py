@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -56,6 +57,8 @@ def relative_position_index(gh, gw):
 
 def position_bias(table, index):
     """Spread the table (rows, H) over all token pairs: (H, T, T), to be added to the attention logits."""
+    if table.is_cuda:        # its fused attention wants rows of 8 k numbers and would copy the bias in every block
+        index = F.pad(index, (0, -len(index) % 8))           # (T, T + padding): Attention leaves the padding out
     return F.embedding(index, table).permute(2, 0, 1).contiguous()
 
 
@@ -106,7 +109,8 @@ class Attention(nn.Module):
         bias = self.bias(index, shared)
         if q.device.type != "cpu" or (bias is None and q.dtype == torch.float32):
             # softmax(q k^T / sqrt(D/H) + bias) v in one fused kernel, which never stores the T x T weights
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype))
+            bias = None if bias is None else bias.to(q.dtype)[None, ..., :q.shape[2]]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:                # a CPU is faster with the plain products: its fused kernel knows no bias with a gradient
             out = attention_weights(q, k, bias).to(v.dtype) @ v
         return self.proj(out.transpose(1, 2).flatten(2))     # (B, T, D)
@@ -120,7 +124,7 @@ class Attention(nn.Module):
 def attention_weights(q, k, bias=None):
     """softmax(q k^T / sqrt(D/H) + bias): q is scaled first, the bias is not.  2 x (B, H, T, D/H) -> (B, H, T, T)"""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return (logits if bias is None else logits + bias).softmax(dim=-1)
+    return (logits if bias is None else logits + bias[..., :logits.shape[-1]]).softmax(dim=-1)
 
 
 class Mlp(nn.Module):
@@ -199,6 +203,7 @@ class ViT(nn.Module):
         self.grid = (height // patch_size, breadth // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.layer_scale, self.positions, self.pool, self.num_classes = layer_scale, positions, pool, num_classes
+        self.checkpoint_activations = False                  # True: less memory, a third more work
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, width)) if positions == "absolute" else None
@@ -209,7 +214,7 @@ class ViT(nn.Module):
         # Stochastic depth grows linearly with depth: early blocks are needed by everything above them.
         own_table = self.grid if positions == "per_block" else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, rate, own_table)
-                                    for rate in torch.linspace(0, drop_path, depth).tolist())
+                                    for rate in torch.linspace(0, drop_path, depth, device="cpu").tolist())
         if pool == "mean":
             self.fc_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         else:
@@ -237,13 +242,19 @@ class ViT(nn.Module):
     def shared_bias(self):
         return None if self.rel_pos_bias is None else self.rel_pos_bias(self.relative_position_index)
 
+    def run(self, block, x, shared):
+        """One block. Checkpointed, it keeps only its input for the backward pass and then computes the rest again."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, x, self.relative_position_index, shared, use_reentrant=False)
+        return block(x, self.relative_position_index, shared)
+
     def features(self, x, blocks=None, mask=None, shared=None):
         """Raw outputs (B, T, D), before any norm, of the 0-based `blocks` asked for (default: every one), in order."""
         wanted = range(self.depth) if blocks is None else [b % self.depth for b in blocks]
         shared = self.shared_bias() if shared is None else shared        # built once per step, not once per block
         x, outputs = self.embed(x, mask), {}
         for i in range(max(wanted) + 1):                     # blocks above the last one asked for need not run
-            x = self.blocks[i](x, self.relative_position_index, shared)
+            x = self.run(self.blocks[i], x, shared)
             if i in wanted:
                 outputs[i] = x
         return [outputs[i] for i in wanted]

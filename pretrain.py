@@ -72,6 +72,16 @@ def sample_block_mask(gh, gw, count, min_block=16, min_aspect=0.3):
     return torch.tensor(mask)
 
 
+def hidden_patches(mask):
+    """Which of the B * N patches of a batch are hidden, row by row.  mask (B, N) bool -> (M,) long"""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def select(x, hidden):
+    """x[mask] of x (B, N, ...) by hidden_patches(mask): their number is known without looking.  -> (M, ...)"""
+    return x[hidden // x.shape[1], hidden % x.shape[1]]
+
+
 def aggregate(last, early):
     """The input of the shallow head, Eq. (4): [x_CLS^(L), x_1^(l), ..., x_N^(l)].  2 x (B, T, D) -> (B, T, D)"""
     # Early patches know little of the rest of the image. To name hidden tokens the head has to consult [CLS], which
@@ -90,7 +100,7 @@ class BEiT(ViT):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.lm_head = nn.Linear(width, codes)
         # Recipe, not in the paper: the head's blocks take the stochastic-depth rates that follow layer l's.
-        rates = torch.linspace(0, drop_path, max(depth, early_layer + head_depth)).tolist()
+        rates = torch.linspace(0, drop_path, max(depth, early_layer + head_depth), device="cpu").tolist()
         self.cls_pt_layers = nn.ModuleList(
             Block(width, heads, self.mlp_ratio, layer_scale, rates[early_layer + i]) for i in range(head_depth))
         self.cls_pt_norm = self.cls_pt_lm_head = None        # shared with the main stream, unless
@@ -110,18 +120,20 @@ class BEiT(ViT):
             return last, None
         s = aggregate(last, early)
         for block in self.cls_pt_layers:
-            s = block(s, self.relative_position_index, shared)
+            s = self.run(block, s, shared)
         return last, s
 
-    def forward(self, x, mask):
-        """Normalised images (B, 3, H, W), mask (B, N) bool -> logits, logits_cls (M, K), for hidden patches only."""
+    def forward(self, x, mask, hidden=None):
+        """Normalised images (B, 3, H, W), mask (B, N) bool -> logits, logits_cls (M, K), for hidden patches only.
+        hidden (M,): hidden_patches(mask), if it is known beforehand; a GPU would have to wait to learn M."""
         last, s = self.streams(x, mask)
+        hidden = hidden_patches(mask) if hidden is None else hidden
         # The norm acts on each token alone, so it, too, is needed only where a patch is hidden.
-        logits = self.lm_head(self.norm(last[:, 1:][mask]))
+        logits = self.lm_head(self.norm(select(last[:, 1:], hidden)))
         if s is None:
             return logits, None
         norm, head = (self.norm, self.lm_head) if self.cls_pt_norm is None else (self.cls_pt_norm, self.cls_pt_lm_head)
-        return logits, head(norm(s[:, 1:][mask]))
+        return logits, head(norm(select(s[:, 1:], hidden)))
 
 
 def mim_loss(logits, logits_cls, z):
@@ -171,7 +183,9 @@ class StillViews:
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engine.add_run_args(p)
-    p.add_argument("--tokenizer", type=Path, 
+    p.add_argument("--checkpoint-activations", action="store_true",
+                   help="keep only the blocks' inputs for the backward pass and compute the rest again: less memory")
+    p.add_argument("--tokenizer", type=Path,
                    help="VQ-KD file, ours or released; default OUT/vqkd.pt (large: runs/base/vqkd.pt)")
     g = p.add_argument_group("patch aggregation")
     g.add_argument("--early-layer", type=int, help="l, the block whose patches the shallow head gets; base: 9 of 12")
@@ -192,6 +206,11 @@ def parse_args(argv=None):
     g.add_argument("--drop-path", type=float, help="stochastic depth, last block; base: 0 (0.1 from 1600 epochs on)")
     g.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up; base: 10")
     args = p.parse_args(argv)
+    if args.no_aggregation or args.head_depth == 0:
+        given = dict(early_layer=args.early_layer, head_depth=args.head_depth, separate_head=args.separate_head)
+        if flags := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
+            raise engine.UserError(f"{' and '.join(flags)}: --no-aggregation (or --head-depth 0) trains without the "
+                                   f"shallow head that this is about; leave one of them out")
     if args.model in ("base", "large") and (args.epochs or 0) >= 1600:
         for name, value in LONG_RUN.items():
             if getattr(args, name) is None:
@@ -199,18 +218,20 @@ def parse_args(argv=None):
     args = engine.with_recipe(args, RECIPES)
     preset = PRESETS[args.model]
     args.image_size, args.patch_size = args.image_size or preset["image_size"], args.patch_size or preset["patch_size"]
+    engine.check_sizes(args.image_size, args.patch_size)
     if args.image_size % args.patch_size:
         raise engine.UserError(f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}")
     patches = (args.image_size // args.patch_size) ** 2
     args.mask_patches = patches * 75 // 196 if args.mask_patches is None else args.mask_patches
-    args.mask_min_block = args.mask_min_block or max(1, patches * 16 // 196)
+    if args.mask_min_block is None:
+        args.mask_min_block = max(1, min(patches * 16 // 196, args.mask_patches))
     if args.no_aggregation:
         args.head_depth = 0
     if args.tokenizer is None:
         args.tokenizer = Path("runs/base/vqkd.pt") if args.model == "large" else args.out / "vqkd.pt"
     engine.check_ranges(args, [
         ("early_layer", 1, preset["depth"]), ("head_depth", 0, 100), ("mask_patches", 1, patches - 1), ("lr", 0, 10),
-        ("mask_min_block", 1, patches), ("crop_scale", 1e-3, 1), ("color_jitter", 0, 1), ("min_lr", 0, 10),
+        ("mask_min_block", 1, args.mask_patches), ("crop_scale", 1e-3, 1), ("color_jitter", 0, 1), ("min_lr", 0, 10),
         ("beta2", 0, 0.9999), ("weight_decay", 0, 10), ("clip_grad", 0, 1e6), ("drop_path", 0, 0.99),
         ("warmup_epochs", 0, 10**6)])
     return args
@@ -285,12 +306,14 @@ def train(args, process):
     train_set = data.open_data(args.data, "train", MaskedViews(views, *masks), download=args.download, **options)
     # Held-out images: no random crop, but a mask, the same one every time.
     val_set = data.open_data(args.data, "val", MaskedViews(StillViews(args.image_size, tokenizer), *masks), **options)
+    data.leave_out_bad(args, train_set, val_set)
     steps, warmup, per_epoch = data.resolve_steps(args, len(train_set))
     micro, accumulation = data.split_batch(args.batch_size, args.micro_batch, process.world_size)
     codes = len(tokenizer.quantize.cluster_size)
 
     engine.seed_all(args.seed)
     model = build(args, codes).to(process.device)
+    model.checkpoint_activations = args.checkpoint_activations
     groups = engine.param_groups(model.named_parameters(), args.weight_decay)
     optimizer = engine.adamw(groups, (0.9, args.beta2), process.device)
     start = 0
@@ -318,6 +341,7 @@ def train(args, process):
         for k in range(accumulation):
             (views, mask), _ = next(batches)
             images, tokenizer_images = views_to_device(views, process.device)        # (B, 3, H, W) in [0, 1]
+            hidden = hidden_patches(mask).to(process.device, non_blocking=True)      # (M,), found on the host: no wait
             mask = mask.to(process.device, non_blocking=True)                        # (B, N) bool
             engine.seed_all(args.seed, step, process.rank, k)                        # for stochastic depth
             with engine.no_sync(ddp, last=k == accumulation - 1):
@@ -325,8 +349,8 @@ def train(args, process):
                     # 2. What the frozen tokenizer calls each patch. It sees the whole image; the model will not.
                     z = tokenizer.encode(tokenizer_images)                           # (B, N)
                     # 3. Name the hidden patches: from the last layer, Eq. (3), and through the [CLS] head, Eq. (4).
-                    logits, logits_cls = ddp(imagenet_normalize(images), mask)       # (M, K) each
-                    loss, (loss_mim, loss_cls) = mim_loss(logits, logits_cls, z[mask])
+                    logits, logits_cls = ddp(imagenet_normalize(images), mask, hidden)       # (M, K) each
+                    loss, (loss_mim, loss_cls) = mim_loss(logits, logits_cls, select(z, hidden))
                 (loss / accumulation).backward()
             watch.note(loss, step)
 
@@ -339,9 +363,9 @@ def train(args, process):
         if step % args.log_every == 0 or last:
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), step + 1
-            facts = dict(loss=loss.item(), loss_mim=loss_mim.item(), mask_acc=accuracy(logits, z[mask]))
+            facts = dict(loss=loss.item(), loss_mim=loss_mim.item(), mask_acc=accuracy(logits, select(z, hidden)))
             if logits_cls is not None:
-                facts |= dict(loss_cls=loss_cls.item(), mask_acc_cls=accuracy(logits_cls, z[mask]))
+                facts |= dict(loss_cls=loss_cls.item(), mask_acc_cls=accuracy(logits_cls, select(z, hidden)))
             log(step=step, epoch=step / per_epoch, **facts, grad_norm=grad_norm.item(),
                 lr=optimizer.param_groups[0]["lr"], images_per_s=rate)
         if (step + 1) % per_epoch == 0 or last:
@@ -380,7 +404,8 @@ def contents(model, args):
 def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
-        model = build(args, codes=64 if args.model == "tiny" else 8192)
+        with torch.device("meta"):                           # shapes without numbers
+            model = build(args, codes=64 if args.model == "tiny" else 8192)
         print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters; {model.num_patches} patches, {args.mask_patches} "
               f"hidden; {args.batch_size} images per update")

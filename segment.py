@@ -273,6 +273,7 @@ def parse_args(argv=None):
     args.patch_size = args.patch_size or facts["patch_size"]
     if (args.init != "scratch" or args.eval) and args.patch_size != facts["patch_size"]:
         raise UserError(f"--patch-size {args.patch_size}: the weights have {facts['patch_size']}; leave the flag out")
+    engine.check_sizes(args.image_size, args.patch_size)
     weights.grid_of(args.image_size, args.patch_size)
     engine.check_ranges(args, [
         ("lr", 0, 10), ("layer_decay", 1e-3, 1), ("weight_decay", 0, 10), ("drop_path", 0, 0.99), ("jitter", 1, 10),
@@ -314,8 +315,10 @@ def open_sets(args):
     transform = data.segment_transform(args.image_size, args.jitter, distortion=args.distortion)
     few = min([n for n in (args.limit, args.train_images) if n], default=None)
     options = dict(classes=args.classes, seed=args.seed)
-    return (data.open_scenes(args.data, "train", transform, limit=few, **options),
-            data.open_scenes(args.data, "val", limit=args.limit, **options))
+    train_set = data.open_scenes(args.data, "train", transform, limit=few, **options)
+    val_set = data.open_scenes(args.data, "val", limit=args.limit, **options)
+    data.leave_out_bad(args, train_set, val_set)
+    return train_set, val_set
 
 
 def build(args, classes):
@@ -536,6 +539,7 @@ def evaluate_file(args, process):
         other = ", of other names" if classes == len(dataset.classes) else ""
         raise UserError(f"{args.checkpoint} knows {classes} classes, {args.data} has {len(dataset.classes)}{other}: "
                         f"give the data of its training")
+    data.leave_out_bad(args, dataset)
     result, iou, acc = evaluate(model.to(process.device), dataset, args, process)
     log = engine.Log(args.out / "segment_eval.jsonl", args, process, append=True)
     tell(args, process, log, dataset.classes, result, iou, acc, checkpoint=str(args.checkpoint), images=len(dataset))

@@ -18,6 +18,7 @@ A large teacher costs more than its student. cache_features computes the feature
 # Shapes used in this file:  B images, N = gh x gw patches, C features of a patch (`dim`), p patch size in pixels,
 #                            n images in a data set
 import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -37,6 +38,7 @@ from torch.utils.data import Dataset
 
 import data
 import engine
+from model import attention_weights
 
 NAMES = "clip, dino, open_clip:NAME@TAG_OR_FILE, timm:NAME@FILE, hog, pixel, or several joined by + (clip+dino)"
 PAPER = {"clip": "open_clip:ViT-B-16-quickgelu@openai", "dino": "timm:vit_base_patch16_224.dino"}
@@ -214,6 +216,9 @@ class ClipTeacher:
         positions.data = resize_positions(positions.data, tuple(tower.grid_size), grid)
         self.dim = positions.shape[1] if tower.proj is None else tower.proj.shape[1]
         self.tower = tower.to(device).eval().requires_grad_(False)
+        for block in getattr(tower.transformer, "resblocks", ()):
+            if isinstance(block.attn, nn.MultiheadAttention):
+                block.attn.forward = functools.partial(attend, block.attn)
 
     @torch.no_grad()
     def __call__(self, images):
@@ -223,6 +228,17 @@ class ClipTeacher:
         x = tower.transformer(tower.ln_pre(x + tower.positional_embedding.to(x.dtype)))
         x = tower.ln_post(x)[:, 1:]
         return (x if tower.proj is None else x @ tower.proj).float()                                     # (B, N, C)
+
+
+def attend(attn, q, k, v, **options):
+    """nn.MultiheadAttention for x = q = k = v without a mask. Under autocast on a CPU its own code copies the weights once
+    per image, as it hands the product a transposed x: seven times slower at CLIP's size. There we multiply ourselves."""
+    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return nn.MultiheadAttention.forward(attn, q, k, v, **options)
+    B, T, D = q.shape
+    q, k, v = F.linear(q, attn.in_proj_weight, attn.in_proj_bias).view(B, T, 3, attn.num_heads, -1).permute(
+        2, 0, 3, 1, 4).unbind(0)                                                         # 3 x (B, H, T, D/H)
+    return attn.out_proj((attention_weights(q, k).to(v.dtype) @ v).transpose(1, 2).flatten(2)), None
 
 
 def refuse_wrong_activation(full, name, weights, tag, quick_gelu):
@@ -346,7 +362,11 @@ def cache_name(teacher, dataset, flip, amp):
     facts += [len(dataset), sorted(vars(dataset.transform).items()), bool(flip), amp, fingerprint(teacher)]
     digest = hashlib.sha256(repr(facts).encode())
     for path in getattr(dataset, "paths", ()):               # an image folder: its files by path, size and date
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise engine.UserError(f"{data.shown(os.fsdecode(path))} cannot be found ({error.strerror}): remove or mend "
+                                   f"the link") from error
         digest.update(repr((bytes(path), status.st_size, status.st_mtime_ns)).encode())
     return "-".join(["+".join(teacher.names), Path(dataset.name).resolve().name, dataset.split,
                      f"{dataset.transform.size}px", digest.hexdigest()[:12]]) + ".npy"

@@ -485,8 +485,8 @@ def parse_args(argv=None):
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
-    engine.check_ranges(args, [("limit", 1, 10**9), ("block", 1, 10**3), ("attention_size", 1, 10**5),
-                               ("decoder_steps", 0, 10**9)])
+    engine.check_ranges(args, [("limit", 1, 10**9), ("block", 1, 10**3), ("attention_size", 1, 1024),
+                               ("decoder_steps", 0, 10**9), ("codes", 0, 2**20), ("seed", 0, 2**32 - 1)])
     return args
 
 

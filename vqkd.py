@@ -53,15 +53,25 @@ def l2(x):
     return F.normalize(x, dim=-1)
 
 
-def nearest_code(h, codebook, chunk=16384):
+def nearest_code(h, codebook, chunk=None):
     """The token of every vector, Eq. (1).  h (..., D), codebook (K, D) -> (...) long in [0, K).  A pure look-up."""
-    with torch.autocast(h.device.type, enabled=False):       # always float32: bf16 would change about 1 id in 300
+    # In chunks, so that no more than chunk x K similarities exist at a time: 4 MB stay in a CPU's cache.
+    chunk = chunk or max(1, (2**20 if h.device.type == "cpu" else 2**27) // len(codebook))
+    with torch.no_grad(), torch.autocast(h.device.type, enabled=False):  # float32: bf16 would change about 1 id in 300
         h, v = l2(h.float()), l2(codebook.float())
         # Eq. (1):  z_i = argmin_j || l2(h_i) - l2(v_j) ||
         # On the unit sphere ||a - b||^2 = 2 - 2 a.b, so the nearest code is the one with the largest cosine.
-        # In chunks, so that no more than chunk x K similarities exist at a time.
-        z = [(part @ v.T).argmax(dim=-1) for part in h.flatten(0, -2).split(chunk)]
+        z = [largest(part @ v.T) for part in h.flatten(0, -2).split(chunk)]
     return torch.cat(z).view(h.shape[:-1])
+
+
+def largest(s):
+    """s.argmax(dim=-1) of s (n, K), but up to eight times faster on a CPU: which group of codes holds the largest,
+    then which code of that group. The largest itself is found many at a time, its place only one by one."""
+    group = math.gcd(s.shape[1], 64)
+    s = s.view(len(s), -1, group)                            # (n, K / group, group)
+    best = s.amax(dim=-1).argmax(dim=-1)                     # (n,)
+    return best * group + s[torch.arange(len(s), device=s.device), best].argmax(dim=-1)
 
 
 def straight_through(h, v):
@@ -219,9 +229,13 @@ def parse_args(argv=None):
     g.add_argument("--init", type=Path, help="go on from this tokenizer (ours or a released one) on your own --data; "
                                              "with another number of --codes its most used ones stay, or are split")
     g.add_argument("--encode", type=Path, metavar="IMAGE_OR_FOLDER", help="only write the token ids of images")
-    args = engine.with_recipe(p.parse_args(argv), RECIPES)
+    args = p.parse_args(argv)
+    if args.cache_teacher and args.crop_scale is not None:
+        raise engine.UserError("--cache-teacher trains on whole images, without random crops: leave out --crop-scale")
+    args = engine.with_recipe(args, RECIPES)
     args.image_size = args.image_size or PRESETS[args.model]["image_size"]
     args.patch_size = args.patch_size or PRESETS[args.model]["patch_size"]
+    engine.check_sizes(args.image_size, args.patch_size)
     engine.check_ranges(args, [
         ("codes", 2, 2**20), ("code_dim", 1, 4096), ("encoder_depth", 1, 100), ("decoder_depth", 1, 100), ("lr", 0, 10),
         ("decay", 0, 1), ("beta", 0, 1e3), ("continuous_steps", 0, 10**9), ("restart_dead_codes", 0, 10**9),
@@ -374,6 +388,7 @@ def train(args, process):
     views = whole if args.cache_teacher else data.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0))
     train_set = data.open_data(args.data, "train", views, download=args.download, **options)
     val_set = data.open_data(args.data, "val", whole, **options)
+    data.leave_out_bad(args, train_set, val_set)
     steps, warmup, per_epoch = data.resolve_steps(args, len(train_set))
     if args.continuous_steps >= steps and not args.init:
         raise engine.UserError(f"--continuous-steps {args.continuous_steps} leaves none of {steps} steps to the codes")
@@ -536,6 +551,7 @@ def encode_files(args, process):
     """--encode: token ids of one image or of every image under a folder -> OUT/tokens.npz (ids (n, gh, gw), names)."""
     model = load_tokenizer(args.init or args.out / "vqkd.pt", process.device)
     dataset = data.open_images(args.encode, data.eval_transform(model.encoder.image_size[0]))
+    data.leave_out_bad(args, dataset)
     ids = [model.encode(data.to_float(images, process.device)).cpu() for images, _ in
            data.make_loader(dataset, data.eval_batches(len(dataset), 64, 0, 1), 0, process.device)]
     gh, gw = model.encoder.grid

@@ -17,13 +17,18 @@ Read in this order: load_backbone, read_architecture, load_state, resize_relativ
 
 import argparse
 import collections
+import contextlib
 import hashlib
+import json
 import math
 import os
 import pickle
+import platform
 import re
 import shlex
 import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -154,6 +159,52 @@ def set_aside(stage, out):
     for f in sorted(out.glob(f"{stage}.*")):
         aside.mkdir(exist_ok=True)
         f.rename(aside / f.name)
+
+
+class Log:
+    """One JSON line per call on rank 0, appended to STAGE.jsonl; the first line says what the run is. On resuming,
+    lines of steps that the resume file does not know are cut off, so that no step stands there twice. With `append`
+    (measurements, which are no runs) all lines stay, and another first line follows them."""
+
+    def __init__(self, path, args, process, start_step=0, append=False, **facts):
+        self.path, self.active, self.begin = Path(path), process.rank == 0, time.time()
+        if not self.active:
+            return
+        place = dict(machine=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", device=str(process.device),
+                     threads=torch.get_num_threads(), processes=process.world_size, torch=str(torch.__version__))
+        with self.writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            lines = [x for x in lines if x.endswith("}\n") and (
+                append or start_step and json.loads(x).get("step", -1) < start_step)]
+            temporary = Path(f"{self.path}.tmp")             # a kill between two lines must not cost the log
+            temporary.write_text("".join(lines))
+            os.replace(temporary, self.path)
+        if append or not lines:
+            self(**describe_run(self.path.stem, args) | place, python=platform.python_version(), cores=os.cpu_count(),
+                 **facts)
+            return
+        first = json.loads(lines[0])
+        if changed := [f"{k} {first[k]} -> {v}" for k, v in facts.items() if k in first and first[k] != round(v, 6)]:
+            raise UserError(f"{args.data} is not what it was when this run began ({', '.join(changed)}): restore it, or "
+                            f"add --fresh")
+        if moved := ", ".join(f"{k} {first.get(k)} -> {v}" for k, v in place.items() if first.get(k) != v):
+            print(f"note: the run goes on in another place ({moved}): its end will be close, not equal to the last bit, "
+                  f"to that of a run without a break", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}): free some space, or put the folder back if "
+                            f"it was moved, or choose another --out; the last resume file is untouched") from error
+
+    def __call__(self, **facts):
+        if self.active:
+            facts = {k: round(v, 6) if isinstance(v, float) else v for k, v in facts.items()}
+            with self.writing(), open(self.path, "a") as f:
+                f.write(json.dumps(facts | dict(time=round(time.time() - self.begin, 2))) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------- from file to model

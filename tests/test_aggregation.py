@@ -1,11 +1,15 @@
-"""Patch aggregation and the two losses, Eqs. (3) and (4)."""
+"""Patch aggregation and the two losses, Eqs. (3) and (4); what the loop of stage 2 does with pixels and gradients."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain import BEiT, aggregate, mim_loss, nearest_visible_code
+import engine
+import vqkd
+from conftest import log_lines
+from model import PRESETS, ViT, count_parameters, imagenet_normalize
+from pretrain import BEiT, aggregate, main, mim_loss, nearest_visible_code, parse_args
 
 
 def tiny(**options):
@@ -98,9 +102,119 @@ def test_stage_2_starts_from_a_normal_cut_at_one_standard_deviation():
     assert model.mask_token.abs().max() > 0
 
 
+def test_token_vectors_are_cut_as_the_weights_are():
+    model = BEiT(32, 8, 512, 1, 4, 64, early_layer=1, head_depth=1)
+    for token in (model.cls_token, model.mask_token):
+        assert 0.019 < token.max() <= 0.02 and -0.02 <= token.min() < -0.019
+
+
+@pytest.mark.parametrize("preset, early_layer, millions", [("base", 9, 106.14), ("large", 21, 336.73)])
+def test_the_papers_models_have_106_and_337_million_parameters_in_pre_training(preset, early_layer, millions):
+    with torch.device("meta"):                               # shapes without numbers
+        model = BEiT(**PRESETS[preset], codes=8192, early_layer=early_layer, head_depth=2)
+    assert round(count_parameters(model) / 1e6, 2) == millions
+
+
 def test_the_nearest_visible_patch_lends_its_code():
     z = torch.arange(9)[None]
     mask = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 0, 1]], dtype=torch.bool)
     guess = nearest_visible_code(z, mask, (3, 3))[0]
     assert torch.equal(guess[~mask[0]], z[0][~mask[0]])                      # a visible patch is its own nearest
     assert guess[4] in (1, 3, 7) and guess[5] == 2 and guess[8] == 7
+
+
+def test_the_shallow_head_names_hidden_patches_with_the_shared_positions_norm_and_code_head():
+    model, (x, mask) = tiny().eval(), batch()
+    for p in (model.rel_pos_bias.relative_position_bias_table, model.norm.weight, model.norm.bias):
+        torch.nn.init.normal_(p)                             # so that each of them shows
+    early, last = model.features(x, [1, 3], mask)
+    s = torch.cat([last[:, :1], early[:, 1:]], dim=1)
+    for block in model.cls_pt_layers:
+        s = block(s, model.relative_position_index, model.shared_bias())
+    every = model.lm_head(model.norm(s))[:, 1:]
+    torch.testing.assert_close(model(x, mask)[1], torch.cat([every[i, mask[i]] for i in range(3)]))
+
+
+@pytest.mark.parametrize("early_layer, rates", [(2, [0.2, 0.3]), (3, [0.225, 0.3])])
+def test_the_shallow_head_drops_paths_as_often_as_the_blocks_after_layer_l(early_layer, rates):
+    model = BEiT(32, 8, 32, 4, 4, 64, early_layer=early_layer, head_depth=2, drop_path=0.3)
+    assert [block.drop_path for block in model.cls_pt_layers] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("model, epochs, beta2, drop_path, early_layer", [
+    ("base", 300, 0.98, 0.0, 9), ("base", 1600, 0.999, 0.1, 9), ("large", 300, 0.98, 0.0, 21),
+    ("large", 1600, 0.999, 0.1, 21)])
+def test_recipes_are_the_papers_table(model, epochs, beta2, drop_path, early_layer):
+    args = parse_args(["--model", model, "--epochs", str(epochs)])
+    assert (args.beta2, args.drop_path, args.early_layer, args.head_depth) == (beta2, drop_path, early_layer, 2)
+    assert (args.lr, args.min_lr, args.batch_size, args.weight_decay, args.clip_grad, args.warmup_epochs) == (
+        1.5e-3, 1e-5, 2048, 0.05, 3.0, 10)
+    assert (args.mask_patches, args.mask_min_block, args.crop_scale, args.color_jitter) == (75, 16, 0.2, 0.4)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+@pytest.fixture
+def run(tmp_path):
+    """run(flags) trains a tiny backbone on a tokenizer of random weights. -> its weights and the log's lines"""
+    flags = "--limit 16 --batch-size 8 --workers 0 --amp no --device cpu --log-every 1".split()
+    args = vqkd.parse_args([*flags, "--codes", "16", "--encoder-depth", "1"])
+    tokenizer = vqkd.build(args, (144,))
+    tokenizer.quantize.embedding.weight.copy_(vqkd.l2(torch.randn(16, 16)))
+    engine.write_file(tmp_path / "vqkd.pt", vqkd.contents(tokenizer, args))
+
+    def train(name, *more):
+        main([*flags, "--tokenizer", str(tmp_path / "vqkd.pt"), "--out", str(tmp_path / name), *more])
+        return engine.read_file(tmp_path / name / "pretrain.pt")["model"], log_lines(tmp_path / name / "pretrain.jsonl")
+    return train
+
+
+def test_the_tokenizer_sees_pixels_from_minus_one_to_one_and_the_backbone_imagenets(run, monkeypatch):
+    embed, seen = ViT.embed, {"tokenizer": [], "backbone": []}
+
+    def watch(model, x, mask=None):
+        seen["backbone" if isinstance(model, BEiT) else "tokenizer"].append(x)
+        return embed(model, x, mask)
+    monkeypatch.setattr(ViT, "embed", watch)
+    run("a", "--steps", "1")
+    for x in seen["tokenizer"]:
+        assert -1 <= x.min() < -0.5 and 0.5 < x.max() <= 1
+    for x in seen["backbone"]:
+        assert x.min() < -1.2 and x.max() > 1.2
+    # One update, then the evaluation; the guesser of the commonest codes looks at training images, too.
+    plain = [(x + 1) / 2 for x in seen["tokenizer"]]
+    for x in seen["backbone"]:
+        assert any(torch.allclose(imagenet_normalize(p), x, atol=1e-5) for p in plain if p.shape == x.shape)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(run):
+    still = ["--warmup-epochs", "0", "--weight-decay", "0", "--lr", "1e-2", "--min-lr", "1e-2"]
+    start, _ = run("start", *still, "--steps", "1", "--lr", "0", "--min-lr", "0")
+    # AdamW divides by the gradient's own size, plus 1e-8: what is far smaller than that moves nothing.
+    clipped, lines = run("clipped", *still, "--steps", "1", "--clip-grad", "1e-12")
+    free, _ = run("free", *still, "--steps", "1", "--clip-grad", "0")
+    assert next(line["grad_norm"] for line in lines if "grad_norm" in line) > 0.01       # as it was before
+    assert max((clipped[k] - start[k]).abs().max() for k in start) < 1e-5
+    assert max((free[k] - start[k]).abs().max() for k in start) > 5e-3
+
+
+def test_the_targets_are_the_codes_of_the_hidden_patches_in_training_and_in_evaluation(run, monkeypatch):
+    import pretrain
+    encode, forward, loss, seen = vqkd.VQKD.encode, BEiT.forward, pretrain.mim_loss, {}
+    checked = []
+
+    def watch_encode(tokenizer, images):
+        seen["z"] = encode(tokenizer, images)
+        return seen["z"]
+
+    def watch_forward(model, x, mask, *rest):
+        seen["mask"] = mask
+        return forward(model, x, mask, *rest)
+
+    def watch_loss(logits, logits_cls, z):
+        checked.append(torch.equal(z, seen["z"][seen["mask"]]) and logits.shape == (len(z), 16))
+        return loss(logits, logits_cls, z)
+    monkeypatch.setattr(vqkd.VQKD, "encode", watch_encode)
+    monkeypatch.setattr(BEiT, "forward", watch_forward)
+    monkeypatch.setattr(pretrain, "mim_loss", watch_loss)
+    run("targets", "--steps", "2")
+    assert checked == [True] * 3                             # two batches of training, one of evaluation

@@ -67,3 +67,10 @@ def test_the_first_block_is_at_least_the_smallest_size():
     for seed in range(100):
         random.seed(seed)
         assert statistics(sample_block_mask(14, 14, 40, min_block=36)[None])["largest_component"] >= 25
+
+
+def test_blocks_are_as_often_tall_as_flat():
+    random.seed(0)
+    masks = torch.stack([sample_block_mask(14, 14, 75) for _ in range(600)])
+    above, beside = masks[:, 1:] & masks[:, :-1], masks[:, :, 1:] & masks[:, :, :-1]     # hidden pairs of neighbours
+    assert abs(above.sum() - beside.sum()) / 600 < 0.8       # 63 a mask; with a uniform aspect they differ by 4

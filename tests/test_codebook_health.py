@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 
+import data
 import engine
+import teachers
 import vqkd
 from conftest import log_lines, stage
 
@@ -189,3 +191,34 @@ def test_a_cached_teacher_trains_and_the_next_run_reads_the_same_features(tmp_pa
     assert made == {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
     a, b = (vqkd.load_tokenizer(tmp_path / name / "vqkd.pt").state_dict() for name in ("whole", "again"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+QUICK = "--limit 16 --batch-size 8 --workers 0 --device cpu --amp no --log-every 1 --codes 16".split()
+
+
+def test_recipe_is_the_papers_table():
+    args = vqkd.parse_args(["--model", "base"])
+    assert (args.codes, args.code_dim, args.encoder_depth, args.decoder_depth, args.decay, args.beta) == (
+        8192, 32, 12, 3, 0.99, 1.0)
+    assert (args.lr, args.min_lr, args.beta2, args.weight_decay, args.batch_size, args.epochs, args.warmup_epochs) == (
+        5e-5, 1e-5, 0.99, 1e-4, 512, 100, 10)
+    assert (args.teacher, args.crop_scale, args.continuous_steps, args.restart_dead_codes) == ("clip", 0.08, 0, 0)
+
+
+def test_the_quantizer_joins_after_the_continuous_steps_and_beta_weighs_its_term(tmp_path):
+    vqkd.main([*QUICK, *"--continuous-steps 2 --steps 4 --beta 3".split(), "--out", str(tmp_path)])
+    lines = [x for x in log_lines(tmp_path / "vqkd.jsonl") if "lr" in x]
+    for x in lines:
+        assert ("perplexity" in x) == (x["step"] >= 2) and (x["commit"] > 0) == (x["step"] >= 2)
+        assert x["loss"] == pytest.approx(1 - x["cosine"] + 3 * x["commit"], abs=1e-5)
+
+
+def test_an_evaluation_does_not_depend_on_how_its_images_are_batched():
+    args = vqkd.parse_args([*QUICK, "--encoder-depth", "1"])
+    model, dataset = vqkd.build(args, (144,)), data.open_data("shapes", "val", data.eval_transform(48), limit=10)
+    model.quantize.embedding.weight.copy_(vqkd.l2(torch.randn(16, 16)))
+    alone, results = engine.Process(0, 1, torch.device("cpu")), []
+    for args.micro_batch in (10, 4):                         # 4, 4 and 2 images
+        results.append(vqkd.evaluate(model, teachers.build_teacher("hog", (6, 6), 8, "cpu"), dataset, args, alone))
+    assert results[0] == pytest.approx(results[1], abs=1e-5)

@@ -173,6 +173,13 @@ def test_half_the_images_are_flipped_and_none_where_flip_is_off():
             assert low <= np.mean(flipped) <= high
 
 
+def test_recipes_flip_half_of_the_images_and_erase_boxes_of_2_to_33_percent():
+    assert [t.flip for t in (data.vqkd_transform(48), data.mim_transform(48), data.finetune_transform(48).crop,
+                             data.segment_transform(48))] == [0.5] * 4
+    box = data.finetune_transform(48).box
+    assert box.scale == (0.02, 1 / 3) and box.ratio == (0.3, 1 / 0.3)
+
+
 def test_both_views_of_masked_image_modelling_show_one_window():
     transform = data.mim_transform(48, 24)
     for i in range(20):
@@ -253,6 +260,14 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre():
     assert abs(out[1, 0, 100].item() - 16 / 256 * 255) < 2
     whole = data.eval_transform(384)(image)                  # from 384 on the whole image is squeezed into the square
     assert whole.shape == (3, 384, 384) and whole[0, 0, 0] < 2 and whole[0, 0, -1] > 253
+
+
+@pytest.mark.parametrize("size, margin", [(224, 256), (112, 128), (64, 73)])
+def test_the_centre_crop_leaves_the_margin_of_224_in_256(size, margin, monkeypatch):
+    resize, sizes = data.VF.resize, []
+    monkeypatch.setattr(data.VF, "resize", lambda image, to, **how: (sizes.append(to), resize(image, to, **how))[1])
+    data.eval_transform(size)(photo(300, 400))
+    assert sizes == [[margin]]
 
 
 def test_evaluation_shows_shapes_and_cifar_whole(shapes):
@@ -350,6 +365,18 @@ def test_cifar_is_read_from_torchvisions_python_files(monkeypatch, tmp_path, nam
     image, label = train[3]
     assert torch.equal(image, torch.from_numpy(pixels[3].reshape(3, 32, 32))) and label == labels[3]
     assert len(pickle.dumps(train)) < 20_000 and torch.equal(pickle.loads(pickle.dumps(train))[3][0], image)
+
+
+@pytest.mark.parametrize("name,kind", [("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)])
+def test_cifar_with_another_checksum_than_the_published_one_is_refused(monkeypatch, tmp_path, name, kind):
+    write_cifar(monkeypatch, tmp_path, kind)
+    data.open_data(name, "train", data_dir=str(tmp_path))
+    path = tmp_path / kind.base_folder / kind.train_list[0][0]
+    contents = bytearray(path.read_bytes())
+    contents[1000] ^= 1                                      # one pixel a little brighter or darker
+    path.write_bytes(contents)
+    with pytest.raises(engine.UserError, match=f"{name} is not in .*, or not complete .*--download"):
+        data.open_data(name, "train", data_dir=str(tmp_path))
 
 
 def test_missing_cifar_says_how_to_get_it(tmp_path):

@@ -5,6 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
+import engine
+import vqkd
 from vqkd import Codebook, code_sums, codebook_usage, ema_update, kmeans, l2, nearest_code
 
 
@@ -72,6 +75,31 @@ def test_an_empty_kmeans_cluster_keeps_its_centre():
     assert torch.equal(means[1], start[1]) and counts.tolist() == [2, 0]
 
 
+def test_kmeans_is_ten_rounds_of_the_nearest_centre_and_the_normalised_mean():
+    x, centres = l2(torch.randn(300, 3)), l2(torch.randn(8, 3))              # no clusters: each round moves the centres
+    by_hand = centres.clone()
+    for _ in range(10):
+        z = torch.tensor([max(range(8), key=lambda k: float(v @ by_hand[k])) for v in x])
+        by_hand = torch.stack([x[z == k].mean(0) / x[z == k].mean(0).norm() if (z == k).any() else by_hand[k]
+                               for k in range(8)])
+    found, counts = kmeans(x, centres)
+    torch.testing.assert_close(found, by_hand)
+    assert counts.sum() == 300
+
+
+def test_the_first_codes_are_drawn_once_each_from_unit_vectors_of_different_images(monkeypatch):
+    args, seen = vqkd.parse_args(["--codes", "100", "--encoder-depth", "1", "--amp", "no"]), []
+    monkeypatch.setattr(vqkd, "kmeans", lambda x, start: (seen.append((x, start)), kmeans(x, start))[1])
+    model, images = vqkd.build(args, (144,)), data.open_data("shapes", "train", data.eval_transform(48), limit=5)
+    vqkd.kmeans_start(model, images, args, engine.Process(0, 1, torch.device("cpu")))
+    (x, start), = seen
+    assert x.shape == (5 * 36, 16) and len(x.unique(dim=0)) == 180           # every image, none twice
+    torch.testing.assert_close(x.norm(dim=-1), torch.ones(180))
+    assert len(start.unique(dim=0)) == 100 and (start[:, None] == x).all(-1).any(1).all()
+    assert torch.equal(model.quantize.embedding.weight, kmeans(x, start)[0])
+    assert torch.equal(model.quantize.cluster_size, torch.ones(100))         # none counts as dead from the start
+
+
 @pytest.mark.parametrize("counts, used, perplexity", [([5, 5, 5, 5], 4, 4.0), ([9, 0, 0, 0], 1, 1.0), ([3, 3, 0, 0], 2, 2.0)])
 def test_perplexity_is_the_number_of_equally_used_codes(counts, used, perplexity):
     usage = codebook_usage(torch.tensor(counts))
@@ -81,3 +109,10 @@ def test_perplexity_is_the_number_of_equally_used_codes(counts, used, perplexity
 
 def test_the_codebook_is_no_parameter_of_the_optimiser():
     assert [p for p in Codebook(10, 4).parameters() if p.requires_grad] == []
+
+
+def test_the_count_of_use_is_a_moving_average_of_the_counts():
+    book, h = Codebook(3, 4), l2(torch.randn(6, 4))
+    book.cluster_size.fill_(1.0)
+    book.update(*code_sums(h, torch.tensor([0, 0, 0, 0, 2, 2]), 3), decay=0.9)
+    torch.testing.assert_close(book.cluster_size, torch.tensor([0.9 + 0.4, 0.9, 0.9 + 0.2]))

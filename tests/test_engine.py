@@ -1,5 +1,6 @@
 """What all stages rest on: schedules, batches, ranges, files that survive a crash, logs, seeds, parameter groups."""
 import argparse
+import itertools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ import data
 import engine
 import weights
 from engine import UserError
+from model import ViT
 
 ALONE = engine.Process(0, 1, torch.device("cpu"))
 
@@ -283,3 +285,94 @@ def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path):
         log(step=1)
     with pytest.raises(UserError, match="cannot write .*choose another --out"):
         engine.Log("/proc/no/vqkd.jsonl", arguments(), ALONE)
+
+
+# ------------------------------------------------------------------------------------------------------ the four loops
+FLAGS = dict(            # unusual ones, so that a default would show
+    vqkd="--lr 3e-2 --min-lr 1e-3 --beta2 0.9 --weight-decay 0.3 --continuous-steps 1 --codes 16 --warmup-epochs 2",
+    pretrain="--lr 3e-3 --min-lr 1e-4 --beta2 0.9 --weight-decay 0.3 --drop-path 0.3 --warmup-epochs 2",
+    finetune="--lr 3e-3 --min-lr 1e-4 --weight-decay 0.3 --layer-decay 0.5 --drop-path 0.3 --evaluations 3 "
+             "--warmup-epochs 2 --mixup 0.5 --cutmix 0.25 --smoothing 0.2",
+    segment="--lr 3e-3 --warmup-steps 4 --weight-decay 0.3 --layer-decay 0.5 --drop-path 0.3 --evaluations 3")
+
+
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory):
+    """All four loops, one after the other, three epochs of two steps each. -> by stage what they told the optimiser
+    (groups, betas, rates), how they mixed, and each batch (of the tokenizer?, training?, drop path, pixels from, to)."""
+    import finetune, pretrain, segment, vqkd                 # noqa: E401
+    out, told, real = tmp_path_factory.mktemp("loops"), {}, (engine.adamw, engine.set_lr, ViT.embed, finetune.mix)
+
+    def adamw(groups, betas, device):
+        told[stage].update(groups=groups, betas=betas)
+        return real[0](groups, betas, device)
+
+    def set_lr(optimizer, lr):
+        told[stage]["rates"].append(lr)
+        real[1](optimizer, lr)
+
+    def embed(model, x, mask=None):
+        if x.shape[1] == 3:                                  # not the tokenizer's decoder, which sees codes
+            told[stage]["batches"].append((model.positions == "absolute", model.training, model.blocks[-1].drop_path,
+                                           x.min().item(), x.max().item()))
+        return real[2](model, x, mask)
+
+    def mix(images, labels, classes, *how):
+        told[stage]["mixed"] = how
+        return real[3](images, labels, classes, *how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name, new in ((engine, "adamw", adamw), (engine, "set_lr", set_lr), (ViT, "embed", embed),
+                                 (finetune, "mix", mix)):
+            patch.setattr(place, name, new)
+        for stage, module in dict(vqkd=vqkd, pretrain=pretrain, finetune=finetune, segment=segment).items():
+            told[stage] = dict(rates=[], batches=[])
+            module.main([*FLAGS[stage].split(), *"--limit 16 --batch-size 8 --workers 0 --amp no --device cpu".split(),
+                         *("--epochs", "3") * (stage != "segment"), *("--steps", "6") * (stage == "segment"),
+                         "--out", str(out)])
+    return told
+
+
+def test_every_loop_tells_the_optimiser_what_the_flags_say(loops):
+    from segment import poly_schedule
+    for stage, peak, final in (("vqkd", 3e-2 * 8 / 128, 1e-3), ("pretrain", 3e-3, 1e-4), ("finetune", 3e-3, 1e-4)):
+        assert loops[stage]["rates"] == pytest.approx([
+            engine.cosine_schedule(step, peak, final, total=6, warmup=4) for step in range(6)]), stage
+    assert loops["segment"]["rates"] == pytest.approx([poly_schedule(step, 3e-3, 6, 4) for step in range(6)])
+    for stage, told in loops.items():
+        assert told["betas"] == (0.9, 0.9 if stage in ("vqkd", "pretrain") else 0.999), stage
+        assert {group["weight_decay"] for group in told["groups"]} == {0.0, 0.3}, stage
+        scales = {0.5 ** i for i in range(8)} if stage in ("finetune", "segment") else {1.0}     # tiny has six blocks
+        assert {group["lr_scale"] for group in told["groups"]} == scales, stage
+    assert loops["finetune"]["mixed"] == (0.5, 0.25, 0.2)
+
+
+def test_every_loop_trains_in_training_mode_with_drop_path_and_evaluates_without(loops):
+    for stage, told in loops.items():
+        own = [(training, rate) for tokenizer, training, rate, *_ in told["batches"] if tokenizer == (stage == "vqkd")]
+        assert [mode for mode, _ in itertools.groupby(training for training, _ in own)] == [True, False] * 3, stage
+        assert sum(training for training, _ in own) == 6 + (stage == "vqkd"), stage      # and once for the first codes
+        assert all(rate == pytest.approx(0 if stage == "vqkd" else 0.3) for _, rate in own), stage
+    assert not any(training for tokenizer, training, *_ in loops["pretrain"]["batches"] if tokenizer)    # it is frozen
+
+
+def test_every_network_gets_its_own_pixels_in_training_and_in_evaluation(loops):
+    for stage, told in loops.items():
+        for tokenizer, *_, low, high in told["batches"]:
+            if tokenizer:
+                assert -1 <= low < -0.5 and 0.5 < high <= 1, stage
+            else:                                            # black is -2.1 to -1.8, white 2.2 to 2.6
+                assert -2.2 < low < -0.9 and 1.02 < high < 2.7, stage
+
+
+def test_bf16_products_are_bf16_and_others_float32():
+    x, device = torch.ones(2, 2), torch.device("cpu")
+    for amp, dtype in (("bf16", torch.bfloat16), ("no", torch.float32)):
+        with engine.autocast(device, amp):
+            assert (x @ x).dtype == dtype
+
+
+def test_the_optimiser_is_adamw_with_eps_1e_8():
+    groups = [dict(params=[nn.Parameter(torch.ones(2))], lr_scale=1.0)]
+    optimizer = engine.adamw(groups, (0.9, 0.98), torch.device("cpu"))
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["eps"] == 1e-8

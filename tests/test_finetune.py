@@ -105,6 +105,24 @@ def test_mixing_is_a_function_of_the_seed_and_switched_off_by_zero():
     assert torch.equal(mix(images, labels, 4, 0.0, 0.0, 0.1)[0], images)
 
 
+def test_one_coin_and_one_ratio_are_drawn_for_the_whole_batch():
+    pytest.importorskip("timm")
+    for draw in range(10):
+        engine.seed_all(draw)
+        _, targets = mix(torch.rand(6, 3, 20, 20), torch.arange(6), 6, 0.8, 1.0, smoothing=0.0)
+        torch.testing.assert_close(targets.diagonal(), targets[0, 0].expand(6))
+
+
+def test_mixup_and_cutmix_take_half_of_the_batches_each():
+    pytest.importorskip("timm")
+    plain, boxes = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 20, 20), 0
+    for draw in range(100):
+        engine.seed_all(draw)
+        images, _ = mix(plain.clone(), torch.arange(4), 4, 0.8, 1.0, smoothing=0.0)
+        boxes += images[0].unique().numel() > 1              # a box of the partner, where MixUp blends all pixels alike
+    assert 35 <= boxes <= 65
+
+
 def test_top1_and_top5_count_what_they_say():
     logits = torch.tensor([[9., 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]])
     first, fifth = hits(logits, torch.tensor([0, 4, 5]))

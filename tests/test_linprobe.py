@@ -135,6 +135,16 @@ def test_a_head_equals_a_torch_linear_layer_behind_batch_norm_without_affine():
     torch.testing.assert_close(ours, linear(norm(features[:, 0])), rtol=1e-3, atol=1e-4)
 
 
+def test_biases_are_not_decayed_and_weights_are():
+    features, labels = clusters(64, layers=1, classes=3)
+    mean, gain = gains(features, ["both"])
+    features, decays = features * 0 + mean + 1e-3, [(1e-2, 0.0), (1e-2, 30.0)]          # weights matter little here
+    weight, bias = train_heads(features, labels * 0, mean, gain, 3, decays, steps=20, batch_size=64)
+    bias = bias + torch.einsum("lf,lshcf->lshc", mean, weight)                          # as AdamW sees it
+    torch.testing.assert_close(bias[:, 0], bias[:, 1], rtol=1e-2, atol=0)
+    assert (weight[:, 1].abs().amax() < 0.9 * weight[:, 0].abs().amax())
+
+
 def test_norm_statistics_come_from_the_images_given_and_scale_as_stated():
     features = clusters()[0] * torch.linspace(0.3, 10, 12) + 3
     mean, gain = gains(features, linprobe.READOUTS, chunk=37)
@@ -166,6 +176,18 @@ def test_held_out_images_are_a_tenth_and_take_no_part_in_fitting():
     fit, held = hold_out(105, seed=1)
     assert len(held) == 10 and sorted(torch.cat([fit, held]).tolist()) == list(range(105))
     assert torch.equal(held, hold_out(105, seed=1)[1]) and not torch.equal(held, hold_out(105, seed=2)[1])
+
+
+def test_each_head_gets_the_setting_that_is_best_on_held_out_images():
+    settings = [(0.1, 0), (0.2, 1), (0.3, 2)]
+    source = linprobe.Source("x", None, None, ["1", "norm"], linprobe.READOUTS, "cls", settings, 48)
+    held_out = torch.rand(2, 3, 6)                           # (L, S, H)
+    table = linprobe.choose(held_out, source)
+    assert [row["held_out"] for row in table] == held_out.amax(dim=1).flatten().tolist()
+    for row in table:
+        layer, s, h = row["at"]
+        assert held_out[layer, s, h] == row["held_out"] and (row["rate"], row["weight_decay"]) == settings[s]
+    assert [(row["block"], row["readout"]) for row in table if row["paper"]] == [("norm", "cls")] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------ k-NN

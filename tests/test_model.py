@@ -51,11 +51,35 @@ def test_attention_weights_are_distributions():
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 17))
 
 
+@pytest.mark.parametrize("positions", ["absolute", "shared", "per_block"])
+@pytest.mark.parametrize("block", [0, 2])
+def test_the_attention_to_look_at_is_that_of_the_forward_pass(positions, block):
+    model, x, seen = small(positions=positions, pool=None).eval(), torch.randn(2, 3, 32, 32), []
+    for name, p in model.named_parameters():                 # tables and norms that show
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.3)
+    model.blocks[block].attn.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs))
+    model(x)
+    torch.testing.assert_close(model.attention_weights(x, block), model.blocks[block].attn.weights(*seen[0]))
+
+
 def test_drop_path_skips_whole_samples_and_keeps_the_mean():
     x = torch.ones(20000, 1, 1)
     y = drop_path(x, 0.25, training=True)
     assert sorted(y.unique().tolist()) == pytest.approx([0, 4 / 3]) and abs(y.mean() - 1) < 0.02
     assert drop_path(x, 0.25, training=False) is x
+
+
+def test_drop_path_keeps_or_skips_a_sample_as_a_whole():
+    y = drop_path(torch.ones(200, 5, 4), 0.5, training=True).flatten(1)
+    assert torch.equal(y.amin(dim=1), y.amax(dim=1)) and len(y.unique()) == 2
+
+
+@pytest.mark.parametrize("branch", ["gamma_1", "gamma_2"])
+def test_both_branches_of_a_block_are_dropped_by_chance_each(branch):
+    block, x = Block(32, 4, layer_scale=1.0, drop_path=0.5).train(), torch.randn(1, 5, 32).expand(300, 5, 32)
+    torch.nn.init.zeros_(block.gamma_2 if branch == "gamma_1" else block.gamma_1)        # the other one adds nothing
+    dropped = (block(x) == x).flatten(1).all(dim=1).float().mean()
+    assert 0.4 < dropped < 0.6
 
 
 def test_drop_path_grows_linearly_with_depth():
@@ -87,6 +111,13 @@ def test_cls_pooling_reads_the_normalised_cls_token():
     torch.testing.assert_close(model(x), model.head(model.norm(tokens)[:, 0]))
 
 
+@pytest.mark.parametrize("pool, norm", [("mean", "fc_norm"), (None, "norm")])
+def test_without_a_head_every_token_is_normalised(pool, norm):
+    model, x = small(pool=pool).eval(), torch.randn(2, 3, 32, 32)
+    torch.nn.init.normal_(getattr(model, norm).weight)
+    torch.testing.assert_close(model(x), getattr(model, norm)(model.features(x, [-1])[0]))
+
+
 @pytest.mark.parametrize("positions", ["absolute", "shared", "per_block"])
 def test_images_need_not_be_square(positions):
     model = ViT((16, 40), 8, 32, 2, 4, positions=positions)
@@ -108,11 +139,30 @@ def test_patches_are_numbered_row_by_row():
     assert changed.argmax() == 6 and (changed > 0).sum() == 1
 
 
+def test_absolute_positions_are_added_to_every_token_cls_included():
+    model, x = small(positions="absolute"), torch.randn(2, 3, 32, 32)
+    torch.nn.init.zeros_(model.pos_embed)
+    bare = model.embed(x)
+    torch.nn.init.normal_(model.pos_embed)
+    torch.testing.assert_close(model.embed(x) - bare, model.pos_embed.expand(2, -1, -1))
+
+
 def test_residual_branches_start_smaller_the_deeper_they_sit():
     blocks = ViT(32, 8, 256, 4, 4).blocks
     for layer, block in enumerate(blocks, start=1):
         assert abs(block.mlp.fc2.weight.std() * math.sqrt(2 * layer) - 0.02) < 5e-4
         assert abs(block.attn.qkv.weight.std() - 0.02) < 5e-4
+
+
+def test_both_branches_of_a_block_start_smaller_the_deeper_it_sits():
+    for layer, block in enumerate(ViT(32, 8, 256, 4, 4).blocks, start=1):
+        for branch in (block.attn.proj, block.mlp.fc2):
+            assert abs(branch.weight.std() * math.sqrt(2 * layer) - 0.02) < 5e-4
+
+
+def test_the_patch_convolution_of_stages_1_and_3_starts_as_the_framework_makes_it():
+    weight, bound = ViT(32, 8, 256, 1, 4).patch_embed.proj.weight, (3 * 8 * 8) ** -0.5
+    assert 0.99 * bound < weight.max() <= bound and abs(weight.std() - bound / math.sqrt(3)) < 1e-3      # uniform
 
 
 def test_position_tables_start_at_zero_in_the_papers_presets():
@@ -121,9 +171,19 @@ def test_position_tables_start_at_zero_in_the_papers_presets():
     assert (small().blocks[0].attn.relative_position_bias_table == 0).all()
 
 
+def test_presets_are_the_papers_table():
+    for name, sizes in dict(base=(224, 16, 768, 12, 12, 0.1), large=(224, 16, 1024, 24, 16, 1e-5)).items():
+        assert tuple(PRESETS[name].values()) == sizes        # pixels, patch, width, depth, heads, layer scale
+
+
 def test_imagenet_normalisation_maps_the_mean_to_zero():
     grey = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     torch.testing.assert_close(imagenet_normalize(grey), torch.zeros(1, 3, 2, 2))
+
+
+def test_imagenet_normalisation_maps_one_standard_deviation_to_one():
+    lighter = torch.tensor([0.485 + 0.229, 0.456 + 0.224, 0.406 + 0.225]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    torch.testing.assert_close(imagenet_normalize(lighter), torch.ones(1, 3, 2, 2))
 
 
 def test_gelu_is_the_exact_one():

@@ -1,7 +1,7 @@
 """Eq. (1): z_i = argmin_j || l2(h_i) - l2(v_j) ||."""
 import torch
 
-from vqkd import Codebook, l2, nearest_code
+from vqkd import VQKD, Codebook, l2, nearest_code
 
 
 def test_nearest_code_is_the_argmin_of_the_distance_on_the_unit_sphere():
@@ -42,3 +42,21 @@ def test_the_quantizer_computes_in_float32_under_autocast():
         assert (h @ v.T).dtype == torch.bfloat16                     # what a product becomes outside the quantizer
     lost = exact.max(dim=1).values - exact.gather(1, z[:, None])[:, 0]
     assert lost.max() < 1e-6                                         # bfloat16 picks codes up to 0.003 worse
+
+
+def test_the_tokens_of_an_image_are_the_codes_nearest_to_what_the_encoder_says_of_its_patches():
+    model, images = VQKD(16, 8, 32, 2, 2, 1, 30, 4, (5,)).eval(), torch.rand(3, 3, 16, 16)
+    model.quantize.embedding.weight.copy_(l2(torch.randn(30, 4)))
+    tokens = model.encoder(2 * images - 1)                   # its own pixels: [-1, 1]
+    h = l2(model.encode_task_layer(tokens)[:, 1:])           # [CLS] gets no code
+    distance = (h[..., None, :] - model.quantize.embedding.weight).norm(dim=-1)
+    assert torch.equal(model.encode(images), distance.argmin(dim=-1)) and model.encode(images).shape == (3, 4)
+    _, h_seen, v, z = model(images)
+    torch.testing.assert_close(h_seen, h)                    # on the unit sphere, as its code is
+    assert torch.equal(z, model.encode(images)) and torch.equal(v, l2(model.quantize.embedding.weight)[z])
+
+
+def test_the_tokenizer_has_absolute_positions_and_no_layer_scale():
+    names = set(VQKD(16, 8, 32, 2, 2, 1, 30, 4, (5,)).state_dict())
+    assert {"encoder.pos_embed", "decoder.pos_embed"} <= names
+    assert not any("gamma" in name or "relative_position" in name for name in names)

@@ -135,6 +135,24 @@ def test_each_level_is_its_lateral_plus_the_coarser_level_and_all_four_are_read_
     torch.testing.assert_close(seen["pooled"][:, 24:32], whole.expand(-1, -1, 3, 3))
 
 
+@torch.no_grad()
+def test_the_finest_map_is_two_deconvolutions_with_a_norm_and_gelu_between_them():
+    model, images = small().eval(), torch.randn(2, 3, 48, 48)
+    first, norm, _, second = model.backbone.fpn1
+    tap = model.backbone.features(images, blocks=[0])[0][:, 1:].transpose(1, 2).unflatten(2, (6, 6))
+    torch.testing.assert_close(model.maps(images)[0], second(F.gelu(norm(first(tap)))))
+    tap = model.backbone.features(images, blocks=[1])[0][:, 1:].transpose(1, 2).unflatten(2, (6, 6))
+    torch.testing.assert_close(model.maps(images)[1], model.backbone.fpn2[0](tap))
+
+
+def test_the_pyramid_pools_1_2_3_and_6_regions_a_side_and_dropout_takes_whole_channels():
+    model = small()
+    assert [pool[0].output_size for pool in model.decode_head.psp_modules] == [1, 2, 3, 6]
+    for dropout in (model.decode_head.dropout, model.auxiliary_head.dropout):
+        dropped = dropout(torch.ones(4, 200, 3, 3)).flatten(2)
+        assert torch.equal(dropped.amin(-1), dropped.amax(-1)) and 0.05 < (dropped == 0).float().mean() < 0.15
+
+
 def test_images_need_not_be_square():
     model = small(image_size=(32, 56)).eval()
     logits = model(torch.randn(1, 3, 32, 56))
@@ -196,7 +214,7 @@ def test_recipes_are_the_papers_table(preset, init, lr, decay, drop):
     row = recipe_for(preset, init)
     assert [row[k] for k in ("lr", "layer_decay", "drop_path")] == [lr, decay, drop]
     common = [row[k] for k in ("batch_size", "steps", "warmup_steps", "weight_decay", "image_size", "jitter")]
-    assert common == [16, 160_000, 1500, 0.05, 512, 2.0]
+    assert common == [16, 160_000, 1500, 0.05, 512, 2.0] and row["distortion"] is True
 
 
 def test_a_run_cut_short_keeps_its_share_of_warm_up():
@@ -230,6 +248,18 @@ def test_overlaps_are_averaged_as_logits():
     assert calls == [(6, 6), (6, 6)]
     expected = torch.tensor([1, 1, 1, 1, 1.5, 1.5, 2, 2, 2, 2]).expand(1, 1, 6, 10)
     torch.testing.assert_close(logits, expected)
+
+
+@torch.no_grad()
+def test_windows_lie_two_thirds_of_a_crop_apart_on_an_image_fitted_to_its_shorter_side(monkeypatch):
+    seen = []
+    monkeypatch.setattr(segment, "slide", lambda model, images, window, stride: (
+        seen.append((images, window, stride)), slide(model, images, window, stride))[1])
+    images = torch.rand(1, 3, 96, 240)                       # to fit 192 x 48: halved
+    predict(small().eval(), images)
+    (view, window, stride), = seen
+    assert window == (48, 48) and list(stride) == [32, 32] and round(512 * 2 / 3) == 341
+    torch.testing.assert_close(view, imagenet_normalize(segment.resize(images, (48, 120))))
 
 
 @torch.no_grad()
@@ -294,9 +324,19 @@ def test_crops_on_one_class_are_drawn_again():
     assert share > 0.25                                      # 19 of 361 places fit: 0.05 by one draw, 0.4 by ten
 
 
+def test_images_are_resized_by_half_to_double_before_the_crop():
+    transform, sides = SegmentTransform(48), []
+    monitor = transform.draw
+    transform.draw = lambda labels: (sides.append(labels.shape[0]), monitor(labels))[1]
+    for i in range(200):
+        engine.seed_all(i)
+        transform(torch.zeros(3, 48, 96, dtype=torch.uint8), two_halves(48, 96))
+    assert 24 <= min(sides) < 28 and 92 < max(sides) <= 96 and 54 < np.mean(sides) < 66
+
+
 @pytest.mark.parametrize("counts, varied", [
     ({0: 75, 1: 25}, False), ({0: 74, 1: 26}, True), ({0: 100}, False), ({0: 30, IGNORE: 70}, False),
-    ({0: 30, 1: 20, IGNORE: 50}, True), ({IGNORE: 100}, False)])
+    ({0: 30, 1: 20, IGNORE: 50}, True), ({0: 40, 1: 10, IGNORE: 50}, False), ({IGNORE: 100}, False)])
 def test_a_varied_crop_has_two_classes_and_none_on_three_quarters_of_its_labelled_pixels(counts, varied):
     labels = torch.cat([torch.full((n,), c, dtype=torch.uint8) for c, n in counts.items()])
     assert SegmentTransform(10).varied(labels.view(10, 10)) == varied
@@ -315,6 +355,15 @@ def test_distortion_keeps_range_size_and_kind_and_changes_the_picture():
         engine.seed_all(i)
         out = distort(grey).float()
         assert (out.amax(dim=0) - out.amin(dim=0)).max() <= 1
+
+
+def test_hue_moves_by_a_tenth_of_the_circle_at_most():
+    image, hues = torch.tensor([140, 110, 80], dtype=torch.uint8).view(3, 1, 1), []
+    for i in range(300):
+        engine.seed_all(i)
+        hues.append(360 * colorsys.rgb_to_hsv(*(distort(image).flatten() / 255).tolist())[0] % 360)
+    moved = [(hue - 30 + 180) % 360 - 180 for hue in hues]   # from 30 degrees; 18 of 180 steps are 36
+    assert -41 < min(moved) < -25 and 25 < max(moved) < 41
 
 
 def test_saturation_is_that_of_hsv_and_stops_at_full_colour():
@@ -380,6 +429,12 @@ def test_a_folder_gives_pairs_and_a_sample_is_a_function_of_seed_epoch_and_index
     assert data.open_scenes(scenes, "val", classes=3).classes == ["class 1", "class 2", "class 3"]
 
 
+def test_a_folder_gives_every_image_once_and_a_limit_spreads_over_all(scenes):
+    def names(limit=None):
+        return [path.decode()[-5:] for path in data.open_scenes(str(scenes), "train", classes=3, limit=limit).paths]
+    assert names() == [f"{i}.jpg" for i in range(8)] and names(3) == ["0.jpg", "4.jpg", "7.jpg"]
+
+
 # ------------------------------------------------------------------------------------------------------------ the stage
 def figures(path):
     return [{k: v for k, v in line.items() if k not in ("images_per_s", "time")} for line in log_lines(path)[1:]]
@@ -433,6 +488,12 @@ def test_a_run_of_few_epochs_keeps_the_share_of_warm_up(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             segment.main([*QUICK, *scratch, *flags])
     assert seen == [(30, 3), (30, 3), (30, 7)]               # 24 images, 8 a step; a tenth for tiny
+
+
+def test_the_auxiliary_loss_counts_four_tenths(tmp_path):
+    segment.main([*QUICK, "--init", "scratch", "--steps", "1", "--log-every", "1", "--out", str(tmp_path)])
+    line = next(line for line in log_lines(tmp_path / "segment.jsonl") if "loss_aux" in line)
+    assert line["loss"] == pytest.approx(line["loss_main"] + 0.4 * line["loss_aux"], abs=1e-5) and line["loss_aux"] > 1
 
 
 @pytest.mark.slow

@@ -192,6 +192,15 @@ def test_clip_at_its_native_size_is_open_clips_own_forward(tiny_clip):
     assert teacher.dim == 24 and torch.equal(teacher(images), expected)
 
 
+def test_clip_under_autocast_gives_the_features_of_float32_but_for_rounding(tiny_clip):
+    name, file, _ = tiny_clip
+    teacher, images = build_teacher(f"open_clip:{name}@{file}", (2, 3), 8, "cpu"), textured(2, 16, 24)
+    exact = teacher(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = teacher(images)
+    assert 0 < (rounded - exact).abs().max() < 0.03 * exact.abs().max()
+
+
 def test_clip_positions_are_interpolated_to_the_students_grid(tiny_clip):
     open_clip = pytest.importorskip("open_clip")
     name, file, _ = tiny_clip

@@ -1,7 +1,7 @@
 """Eq. (2): the cosine to the teacher and the two stop-gradient terms."""
 import torch
 
-from vqkd import l2, vqkd_loss
+from vqkd import VQKD, l2, vqkd_loss
 
 
 def test_a_perfect_decoder_on_perfect_codes_costs_nothing():
@@ -35,3 +35,20 @@ def test_beta_weighs_the_commitment_alone():
     loss_0, parts = vqkd_loss(*args, beta=0)
     loss_3, _ = vqkd_loss(*args, beta=3)
     torch.testing.assert_close(loss_3 - loss_0, 3 * parts["commit"])
+
+
+def test_the_cosine_is_that_of_each_patch_averaged():
+    o, t, h = torch.randn(2, 3, 4), torch.randn(2, 3, 4), l2(torch.randn(2, 3, 8))
+    by_hand = [(a @ b / (a.norm() * b.norm())).item() for a, b in zip(o.flatten(0, 1), t.flatten(0, 1))]
+    assert abs(vqkd_loss(o, t, h, h)[1]["cosine"].item() - sum(by_hand) / 6) < 1e-6
+
+
+def test_the_decoder_sees_a_map_of_codes_and_its_patches_name_the_teachers_features():
+    model = VQKD((16, 24), 8, 32, 1, 2, 2, 12, 4, (5,)).eval()                # 2 x 3 patches, codes of 4 numbers
+    v, seen = l2(torch.randn(2, 6, 4)), []
+    model.decoder.patch_embed.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    o = model.decode(v)
+    for i in range(6):                                       # code i lies in row i // 3, column i % 3
+        assert torch.equal(seen[0][:, :, i // 3, i % 3], v[:, i])
+    tokens = model.decoder(seen[0])                          # (B, 1 + N, D), [CLS] first, after the final norm
+    torch.testing.assert_close(o, model.decode_task_layer(tokens)[:, 1:])

@@ -259,11 +259,33 @@ def test_the_geometric_grid_reaches_the_edge_of_the_new_one():
     assert np.allclose(steps[1:] / steps[:-1], steps[1]) and steps[1] > 1
 
 
+def test_the_ratio_of_the_geometric_grid_stays_between_1_01_and_1_5():
+    assert geometric_offsets(3, 10) == pytest.approx([-2.5, -1, 0, 1, 2.5], abs=1e-5)            # 8 would reach the edge
+    assert geometric_offsets(4, 2)[4:] == pytest.approx([1, 2.01, 3.0301], abs=1e-5)             # never shrinking
+
+
 def test_a_constant_table_and_constant_positions_stay_constant():
     resized = resize_relative_table(torch.full((52, 2), 1.5), (4, 4), (7, 7))
     torch.testing.assert_close(resized, torch.full((13 * 13 + 3, 2), 1.5))
     positions = torch.full((1, 17, 6), 1.5)
     torch.testing.assert_close(resize_pos_embed(positions, (4, 4), (7, 7)), torch.full((1, 50, 6), 1.5))
+
+
+def test_a_table_that_is_cubic_in_the_offset_stays_that_cubic():
+    def cubic(dy, dx):                                       # one head, and nothing for [CLS]
+        y, x = torch.meshgrid(torch.tensor(dy / 9), torch.tensor(dx / 10), indexing="ij")
+        return torch.cat([(y ** 3 - 2 * x ** 3 + y * x ** 2 + y ** 2 - x + 1).flatten(), torch.zeros(3)])[:, None]
+    old = cubic(geometric_offsets(7, 9), geometric_offsets(6, 10))
+    new = cubic(np.arange(-8.0, 9), np.arange(-9.0, 10))     # at whole offsets again
+    torch.testing.assert_close(resize_relative_table(old, (7, 6), (9, 10)), new, atol=1e-4, rtol=0)
+
+
+def test_absolute_positions_are_resized_bicubically_and_cls_stays():
+    positions = torch.randn(1, 1 + 12, 5)
+    resized, grid = resize_pos_embed(positions, (3, 4), (6, 5)), positions[0, 1:].T.view(1, 5, 3, 4)
+    assert torch.equal(resized[:, 0], positions[:, 0])
+    cubic = torch.nn.functional.interpolate(grid, size=(6, 5), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(resized[0, 1:].T.view(1, 5, 6, 5), cubic)
 
 
 # --------------------------------------------------------------------------------------------------------------- timm

@@ -1,0 +1,372 @@
+"""Would the tests notice?  One-line bugs in the method, put into a copy of the project one at a time.
+
+    python tests/mutate.py                   # all of them, two at a time: a few minutes (Linux, macOS)
+    python tests/mutate.py --list            # only what they are called
+    python tests/mutate.py cosine table      # those with one of these words in their file or name
+    python tests/mutate.py --write           # all of them, and the result in results/mutations.md and .jsonl
+
+A bug is noticed if a test fails with it that passes without it. One that survives asks for a test. What counts is what
+every reader has, so the authors' tensors (BEIT2_GOLDEN) are left out; --golden shows what they alone would notice.
+A new bug is a line more: what is wrong, a text that stands in the file exactly once, the same with the bug in it. Not
+in the list, for they change nothing: a bias of the keys (soft-max takes it out), another factor on a loss that AdamW
+minimises, the sg in the codebook term of Eq. (2), which is logged only (the codes move by moving average).
+"""
+import argparse
+import importlib
+import importlib.metadata
+import json
+import multiprocessing.connection
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600              # seconds until a test that does not end counts as failed
+TESTS = {                # which tests/test_*.py run, in this order, where a bug names no others
+    "vqkd.py": "nearest_code straight_through vqkd_loss ema", "pretrain.py": "block_mask aggregation",
+    "model.py": "model aggregation", "finetune.py": "finetune", "linprobe.py": "linprobe", "segment.py": "segment",
+    "engine.py": "engine", "data.py": "data", "weights.py": "weights", "teachers.py": "teachers"}
+RANKS = "runs::test_two_processes_and_accumulation_train_the_tokenizer_of_one_process_with_equal_codebooks"
+LOOPS = " ".join(f"engine::test_every_{name}" for name in (
+    "loop_tells_the_optimiser_what_the_flags_say",
+    "loop_trains_in_training_mode_with_drop_path_and_evaluates_without",
+    "network_gets_its_own_pixels_in_training_and_in_evaluation"))
+BUGS = {                 # file: (what is wrong, the text, the text with the bug in it[, its tests]), ...
+    "model.py": [
+        ("LayerNorm with torch's eps", "LAYER_NORM_EPS = 1e-6", "LAYER_NORM_EPS = 1e-5"),
+        ("GELU by tanh", "F.gelu(self.fc1(x))", "F.gelu(self.fc1(x), approximate='tanh')"),
+        ("pixels multiplied by ImageNet's std", "(images - mean) / std", "(images - mean) * std"),
+        ("offsets begin at 1", "x[:, None] - x[None, :] + gw - 1", "x[:, None] - x[None, :] + gw"),
+        ("offsets are key minus query", "y[:, None] - y[None, :]", "y[None, :] - y[:, None]"),
+        ("rows of [CLS] swapped", "index[0, 0] = rows + 2 ",
+         "index[0, 1:], index[1:, 0], index[0, 0] = rows + 1, rows, rows + 2 "),
+        ("queries not scaled", "q * q.shape[-1] ** -0.5", "q"),
+        ("position bias scaled, too", "else logits + bias", "else logits + q.shape[-1] ** -0.5 * bias"),
+        ("bias of the values on the keys", "torch.zeros_like(self.v_bias), self.v_bias]",
+         "self.v_bias, torch.zeros_like(self.v_bias)]"),
+        ("q, k, v apart within each head", "3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)",
+         "self.heads, 3, D // self.heads).permute(3, 0, 2, 1, 4)"),
+        ("attention without its norm", "self.attn(self.norm1(x)", "self.attn(x"),
+        ("MLP without layer scale", "else self.gamma_2 * mixed", "else mixed"),
+        ("drop path not rescaled", ".to(x.dtype) / keep", ".to(x.dtype)"),
+        ("drop path for each token", "torch.rand(x.shape[0], 1, 1,", "torch.rand(*x.shape[:2], 1,"),
+        ("drop path in evaluation", "if rate == 0 or not training", "if rate == 0"),
+        ("patches column by column", "self.proj(x).flatten(2)", "self.proj(x).transpose(2, 3).flatten(2)"),
+        ("mask token on visible patches", "torch.where(mask[..., None],", "torch.where(~mask[..., None],"),
+        ("[CLS] hidden, too", "self.cls_token.expand(x.shape[0]",
+         "(self.cls_token if mask is None else self.mask_token).expand(x.shape[0]"),
+        ("absolute positions not added", "else x + self.pos_embed", "else x"),
+        ("mean with [CLS] in it", "self.fc_norm(x[:, 1:].mean(dim=1))", "self.fc_norm(x.mean(dim=1))"),
+        ("norm before the mean", "self.fc_norm(x[:, 1:].mean(dim=1))", "self.fc_norm(x[:, 1:]).mean(dim=1)"),
+        ("[CLS] without the final norm", "return self.norm(x)[:, 0]", "return x[:, 0]"),
+        ("initial weights not cut", "nn.init.trunc_normal_(m.weight, std=std, a=-cut * std, b=cut * std)",
+         "nn.init.normal_(m.weight, std=std)"),
+        ("patch convolution as torch makes it", "(convolutions and isinstance(m, nn.Conv2d))", "False"),
+        ("patch convolution normal in all stages", "cut=100.0, convolutions=False", "cut=100.0, convolutions=True"),
+        ("branches rescaled one layer on", "start=first_layer)", "start=first_layer + 1)"),
+        ("attention's branch not rescaled", "block.attn.proj.weight.div_(", "(lambda divisor: None)("),
+        ("attention never dropped", "attended, self.drop_path, self.training)", "attended, 0, self.training)"),
+        ("no final norm on the tokens", 'self.fc_norm(x) if self.pool == "mean" else self.norm(x)', "x"),
+    ],
+    "vqkd.py": [
+        ("look-up without l2 of the codes", "l2(h.float()), l2(codebook.float())", "l2(h.float()), codebook.float()"),
+        ("look-up in bfloat16", "torch.autocast(h.device.type, enabled=False)", "torch.no_grad()"),
+        ("straight-through without a way back", "return h + (v - h).detach()", "return v"),
+        ("straight-through without sg", "return h + (v - h).detach()", "return h + (v - h)"),
+        ("cosine with the wrong sign", "return 1 - cosine + beta", "return 1 + cosine + beta"),
+        ("cosine along the patches", "F.cosine_similarity(o_, t_, dim=-1)", "F.cosine_similarity(o_, t_, dim=1)"),
+        ("commitment without sg", "F.mse_loss(h, v.detach())", "F.mse_loss(h, v)"),
+        ("codebook term trained, too", "beta * commit, {", "beta * commit + codebook, {"),
+        ("moving average weighted by counts", "(1 - decay) * l2(sums)", "(1 - decay) * sums"),
+        ("moving average without l2", "l2(decay * codebook + (1 - decay) * l2(sums))",
+         "decay * codebook + (1 - decay) * l2(sums)"),
+        ("decay and 1 - decay swapped", "l2(decay * codebook + (1 - decay) * l2(sums))",
+         "l2((1 - decay) * codebook + decay * l2(sums))"),
+        ("codes chosen once do not move", "(counts > 0)[:, None], moved", "(counts > 1)[:, None], moved"),
+        ("k-means centres off the sphere", "l2(sums), centres)", "sums / counts.clamp(min=1)[:, None], centres)"),
+        ("empty centres become 0", "torch.where((counts > 0)[:, None], l2(sums), centres)", "l2(sums)"),
+        ("one round of k-means", "in range(iterations)", "in range(1)"),
+        ("use counted with 1 - decay", "mul_(decay).add_(counts, alpha=1 - decay)",
+         "mul_(1 - decay).add_(counts, alpha=decay)"),
+        ("tokenizer's pixels in [0, 1]", "self.encoder(images * 2 - 1)", "self.encoder(images)"),
+        ("[CLS] gets a code", "self.encoder(images * 2 - 1)[:, 1:]", "self.encoder(images * 2 - 1)[:, :-1]"),
+        ("map of codes transposed", "v.transpose(1, 2).reshape(", "v.reshape("),
+        ("h off the sphere", "h = l2(self.project(images))", "h = self.project(images)"),
+        ("decoder does not teach the encoder", "self.decode(straight_through(h, v) if", "self.decode(v if"),
+        ("layer scale in the tokenizer", 'dict(positions="absolute", layer_scale=0, pool="mean")\n',
+         'dict(positions="absolute", layer_scale=0.1, pool="mean")\n'),
+        ("k-means start on rank 0 only", "        dist.broadcast(weight, src=0)\n    # Every code",
+         "        pass\n    # Every code", RANKS),
+        ("sums and counts of one rank only", "engine.all_reduce_sum(sums), engine.all_reduce_sum(counts)",
+         "sums, counts", RANKS),
+        ("sums of the last micro-batch only", "sums + s, counts + c", "s, c", RANKS),
+        ("first codes drawn twice", "torch.randperm(len(h), generator=generator)[:codes]",
+         "torch.randint(len(h), (codes,), generator=generator)"),
+        ("k-means of vectors off the sphere", "h.append(l2(model.project(", "h.append((model.project("),
+        ("codes are dead from the start", "cluster_size.fill_(1.0)", "cluster_size.fill_(0.0)"),
+        ("quantizer from the first step on", "quantize = step >= args.continuous_steps or", "quantize = True or",
+         "codebook_health"),
+        ("batches of an evaluation weigh alike", "for name in names]) * len(images)", "for name in names])",
+         "codebook_health"),
+        ("rate not scaled by the batch", "lr = args.lr * args.batch_size / 128", "lr = args.lr", LOOPS),
+        ("no warm-up", "lr, args.min_lr, steps, warmup)", "lr, args.min_lr, steps)", LOOPS),
+        ("beta2 of fine-tuning", "(0.9, args.beta2)", "(0.9, 0.999)", LOOPS),
+    ],
+    "pretrain.py": [
+        ("one patch too few hidden", "remaining = count\n", "remaining = count - 1\n"),
+        ("last block hides too much", "if 0 < len(new) <= remaining:", "if 0 < len(new):"),
+        ("more tall blocks than flat ones", "math.exp(random.uniform(math.log(min_aspect), math.log(1 / min_aspect)))",
+         "random.uniform(min_aspect, 1 / min_aspect)"),
+        ("no smallest block", "random.uniform(min_block, remaining)", "random.uniform(1, remaining)"),
+        ("[CLS] early, patches late", "[last[:, :1], early[:, 1:]]", "[early[:, :1], last[:, 1:]]"),
+        ("layer l counted from 0", "[self.early_layer - 1,", "[self.early_layer,"),
+        ("code head without the final norm", "self.lm_head(self.norm(", "self.lm_head(("),
+        ("shallow head without the final norm", "return logits, head(norm(", "return logits, head(("),
+        ("names the patch before the hidden one", "(last[:, 1:]", "(last[:, :-1]"),
+        ("shallow head without positions", "s = self.run(block, s, shared)", "s = block(s)"),
+        ("shallow head with the first drop rates", "rates[early_layer + i]", "rates[i]"),
+        ("initial weights cut at 2 std", "init_std, cut=1,", "init_std, cut=2,"),
+        ("Eq. (4) not in the loss", "return loss_mim + loss_cls, (", "return loss_mim, ("),
+        ("1600 epochs as 300", ">= 1600", "> 1600"),
+        ("tokenizer gets the backbone's pixels", "tokenizer.encode(tokenizer_images)          ",
+         "tokenizer.encode(imagenet_normalize(tokenizer_images))  "),
+        ("gradients not clipped", "args.clip_grad or math.inf", "math.inf"),
+        ("codes of visible patches as targets", "logits_cls, select(z, hidden))\n                (loss",
+         "logits_cls, z[~mask][:len(logits)])\n                (loss"),
+        ("evaluation with drop path", "    model.eval()\n", "", LOOPS),
+        ("training without drop path", "    model.train()\n", "", LOOPS),
+        ("weight decay not handed on", "named_parameters(), args.weight_decay)", "named_parameters(), 0)", LOOPS),
+    ],
+    "finetune.py": [
+        ("layers counted from 0", "return int(part[1]) + 1", "return int(part[1])"),
+        ("smoothing over other classes only", "+ smoothing / classes", "+ smoothing / (classes - 1)"),
+        ("targets not mixed", "return mixer(images, labels)",
+         "return mixer(images, labels)[0], smooth_targets(labels, classes, smoothing)"),
+        ("mixed targets not smoothed", "label_smoothing=smoothing", "label_smoothing=0"),
+        ("a ratio for every image", 'mode="batch"', 'mode="elem"'),
+        ("CutMix always", "switch_prob=0.5", "switch_prob=1"),
+        ("new head at full size", "HEAD_SCALE = 0.001", "HEAD_SCALE = 1.0"),
+        ("trained on pixels in [0, 1]", "ddp(imagenet_normalize(images))", "ddp(images)", LOOPS),
+        ("evaluated on pixels in [0, 1]", "model.pooled(imagenet_normalize(images))", "model.pooled(images)", LOOPS),
+        ("layer decay not handed on", "layer_decay=args.layer_decay)", "layer_decay=1)", LOOPS),
+        ("smoothing not handed on", "args.cutmix, args.smoothing)", "args.cutmix, 0)", LOOPS),
+    ],
+    "linprobe.py": [
+        ("mean with [CLS] in it", "tokens[:, 1:].mean(dim=1)", "tokens.mean(dim=1)"),
+        ("no final norm", '(model.fc_norm if model.pool == "mean" else model.norm)(tokens[-1])', "tokens[-1]"),
+        ("biases decayed", "lr_scale=rate, weight_decay=0.0)", "lr_scale=rate, weight_decay=decay)"),
+        ("held-out images fitted, too", "return order[max(1, n // 10):],", "return order,"),
+        ("heads chosen on validation images", "score_heads(features[len(fit):], labels[len(fit):], *heads)[0]",
+         "score_heads(*val, *heads)[0]"),
+        ("the worst setting of a head", "held_out[layer, :, h].argmax()", "held_out[layer, :, h].argmin()"),
+    ],
+    "segment.py": [
+        ("taps one block late", "return depth // 3 - 1,", "return depth // 3,"),
+        ("maps aligned at corners", "align_corners=False", "align_corners=True"),
+        ("[CLS] taken for a patch", "t[:, 1:].transpose(1, 2)", "t[:, :-1].transpose(1, 2)"),
+        ("levels carried up, not down", "for i in (2, 1, 0):", "for i in (0, 1, 2):"),
+        ("ignored pixels not below the line", "return total / labels.numel()",
+         "return total / (labels != IGNORE).sum()"),
+        ("[CLS] not decayed", "skip=(), ", ""),
+        ("last window beyond the image", "min(i * stride, side - window)", "i * stride"),
+        ("overlaps added up", "return total / times", "return total"),
+        ("mirrored logits not turned back", "(logits.flip(-1) if mirrored else logits)", "logits"),
+        ("confusion transposed", "labels[known] * classes + predicted[known]",
+         "predicted[known] * classes + labels[known]"),
+        ("absent classes count as 0", "miou=iou.nanmean()", "miou=iou.nan_to_num().mean()"),
+        ("auxiliary loss in full", "loss_main + AUX_WEIGHT * loss_aux", "loss_main + loss_aux"),
+        ("windows half a crop apart", "side * 2 / 3", "side / 2"),
+        ("images fitted to a square", "4 * min(window) * scale, min(window)", "min(window) * scale, min(window)"),
+        ("ReLU in the pyramid", "nn.BatchNorm2d(vit.width), nn.GELU()", "nn.BatchNorm2d(vit.width), nn.ReLU()"),
+        ("single pixels dropped", "self.dropout = nn.Dropout2d(DROPOUT)", "self.dropout = nn.Dropout(DROPOUT)"),
+        ("predicts from pixels in [0, 1]", "view = imagenet_normalize(", "view = (", LOOPS),
+        ("training without BatchNorm's batch", "    model.train()\n    return scores", "    return scores", LOOPS),
+    ],
+    "engine.py": [
+        ("warm-up a step longer", "step / (warmup - 1)", "step / warmup"),
+        ("cosine reaches the final rate", "(step - warmup) / (total - warmup)",
+         "(step - warmup) / (total - warmup - 1)"),
+        ("biases and norms decayed", 'p.ndim == 1 or name.endswith(".bias") or ', ""),
+        ("[CLS] and positions decayed", 'skip=("cls_token", "pos_embed")', "skip=()"),
+        ("mask token not decayed", 'skip=("cls_token", "pos_embed")', 'skip=("cls_token", "pos_embed", "mask_token")'),
+        ("layer decay off by one", "layer_decay ** (depth + 1 - layer)", "layer_decay ** (depth - layer)"),
+        ("lr_scale without effect", 'lr * group["lr_scale"]', "lr"),
+        ("masks not seeded", "    random.seed(value)\n", ""),
+        ("ranks keep their gradients", "nullcontext() if last or not", "nullcontext() if not last or not", RANKS),
+        ("eps of AdamW", "eps=1e-8, fused", "eps=1e-6, fused"),
+        ("bf16 without effect", 'enabled=amp == "bf16"', "enabled=False"),
+    ],
+    "data.py": [
+        ("pixels divided by 256", ".div_(255)", ".div_(256)", "engine"),
+        ("unequal micro-batches", "while per_rank % accumulation:", "while False:", "engine"),
+        ("a sample alike in every epoch", "engine.seed_all(self.seed, epoch, index)\n            image = ",
+         "engine.seed_all(self.seed, index)\n            image = "),
+        ("resumed runs begin at step 0", "in range(self.start_step, self.steps):",
+         "in range(self.steps - self.start_step):"),
+        ("ranks overlap in accumulation", "self.rank * self.accumulation * self.micro", "self.rank * self.micro"),
+        ("ranks take every other image", "in order[start:start + self.micro]",
+         "in order[first - self.rank * (self.micro * self.accumulation - 1):first + self.batch_size"
+         ":self.batch_size // (self.micro * self.accumulation)][:self.micro]"),
+        ("evaluation fills up the shares", "n * rank // world_size, n * (rank + 1) // world_size\n",
+         "n * rank // world_size, min(n, n * rank // world_size + -(-n // world_size))\n"),
+        ("tokenizer gets another window", "VF.resized_crop(image, **window,",
+         "VF.resized_crop(image, **self.window.make_params([image]),"),
+        ("centre crop without a margin", "self.size * 256 // 224", "self.size"),
+        ("erased before normalising", '"v": mean + std * box["v"]', '"v": box["v"]'),
+        ("labels interpolated", "InterpolationMode.NEAREST)[0]", "InterpolationMode.BILINEAR)[0]", "segment"),
+        ("labels not flipped", "image, labels = image.flip(-1), labels.flip(-1)", "image = image.flip(-1)", "segment"),
+        ("padding is a class", "(self.size, self.size), IGNORE,", "(self.size, self.size), 0,", "segment"),
+        ("ADE labels not shifted", "numbers.astype(np.int64) - 1)", "numbers.astype(np.int64))", "segment"),
+        ("images never enlarged", "(self.jitter - 1 / self.jitter)", "(1 - 1 / self.jitter)", "segment"),
+        ("ignored pixels in cat_max", "counts.max() / counts.sum() <", "counts.max() / labels.numel() <", "segment"),
+        ("hue over the whole circle", "torch.randint(-18, 18, ())", "torch.randint(-90, 90, ())", "segment"),
+    ],
+    "weights.py": [
+        ("tables resized linearly", "kx=min(3, sides[0] - 1), ky=min(3, sides[1] - 1)", "kx=1, ky=1"),
+        ("rows of [CLS] swapped in resizing", "table[-3:]])", "table[-3:].flip(0)])"),
+        ("geometric grid too wide", "> target - 1:", "> target:"),
+        ("sides of a table swapped", "head.reshape(sides)", "head.reshape(sides[::-1]).T"),
+        ("positions resized linearly", 'mode="bicubic", align_corners=False', 'mode="bilinear", align_corners=False'),
+        ("tokenizer's pixel range forgotten", 'if kind == "vqkd":\n        weights = fold',
+         "if False:\n        weights = fold"),
+    ],
+    "teachers.py": [
+        ("HOG over 360 degrees", "(self.bins / math.pi)", "(self.bins / (2 * math.pi))"),
+        ("HOG votes for one bin only", "upper = length * (angle - low)", "upper = 0 * length"),
+        ("HOG not centred", "t = t - t.mean(dim=-1, keepdim=True)", "t = 1 * t"),
+        ("pixel targets keep their mean", "return (patches - mean) / (var", "return patches / (var"),
+        ("CLIP's [CLS] taken for a patch", "tower.ln_post(x)[:, 1:]", "tower.ln_post(x)[:, :-1]"),
+        ("registers taken for patches", "[:, self.skip:]", "[:, 1:]"),
+        ("mirror images with plain features", "teacher(images.flip(-1) if mirrored else images)", "teacher(images)"),
+    ],
+}
+
+
+def selected(words=()):
+    """-> [(file, bug, old, new, tests)], tests as pytest wants them."""
+    every = [(file, bug, old, new, [re.sub(r"^\w+", r"tests/test_\g<0>.py", name) for test in tests or [TESTS[file]]
+                                    for name in test.split()])
+             for file, bugs in BUGS.items() for bug, old, new, *tests in bugs]
+    return [b for b in every if not words or any(word.lower() in f"{b[0]} {b[1]}".lower() for word in words)]
+
+
+def with_bug(file, old, new):
+    """The text of the file with the bug in it."""
+    text = (ROOT / file).read_text()
+    if text.count(old) != 1:
+        raise SystemExit(f"{file} holds {text.count(old)} times, not once, what a bug of tests/mutate.py changes "
+                         f"({old!r}): let the list follow the code")
+    return text.replace(old, new)
+
+
+class FirstFailure:
+    """A plugin of pytest that remembers which test failed first."""
+    name = None
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and self.name is None:
+            self.name = report.nodeid.rpartition("/")[2]
+
+
+def too_long(*_):
+    raise TimeoutError(f"no end after {LIMIT} s")            # within a test, which then fails
+
+
+def try_tests(send, tests, golden, file=None, text=None):
+    """pytest on a fresh copy of the project in which `file` has become `text`. Sends (first failing test or None,
+    seconds), or what pytest said where it could not run. In a process of its own that knows nothing of the project."""
+    begin, first, sys.dont_write_bytecode = time.time(), FirstFailure(), True
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tests")]
+    os.environ |= dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    if not golden:
+        os.environ.pop("BEIT2_GOLDEN", None)
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LIMIT)
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "datasets", "*.pt"))
+        if file:
+            (copy / file).write_text(text)
+        os.chdir(copy)
+        slow = [] if "::" in tests[0] else ["-m", "not slow"]
+        code = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", *slow, *tests], plugins=[first])
+        os.chdir("/")
+        ran = code == (1 if first.name else 0)               # 1: a test failed; other codes: there was none to run
+        send.send((first.name, round(time.time() - begin, 1)) if ran else Path(output.name).read_text()[-3000:])
+
+
+def side_by_side(jobs, calls):
+    """Results of try_tests for many arguments, `jobs` of them at a time. Yields (number, result) as they come."""
+    fork, waiting, running = multiprocessing.get_context("fork"), list(enumerate(calls)), {}
+    for name in "numpy scipy.interpolate torch torchvision.transforms.v2 timm open_clip".split():
+        importlib.import_module(name)                        # once for all, as this takes most of the time
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            (i, call), (receive, send) = waiting.pop(0), fork.Pipe(duplex=False)
+            fork.Process(target=try_tests, args=(send, *call)).start()
+            send.close()
+            running[receive] = i
+        for receive in multiprocessing.connection.wait(list(running)):
+            result, i = receive.recv(), running.pop(receive)
+            if isinstance(result, str):
+                raise SystemExit(f"{calls[i]}: the tests did not run\n{result}")
+            yield i, result
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("words", nargs="*", help="only bugs with one of these words in their file or name")
+    p.add_argument("--list", action="store_true", help="print the bugs and stop")
+    p.add_argument("--jobs", type=int, default=2, help="bugs tried at the same time")
+    p.add_argument("--golden", action="store_true", help="run the tests against the authors' tensors, and no others")
+    p.add_argument("--write", action="store_true", help="write results/mutations.md and results/mutations.jsonl")
+    args = p.parse_args()
+    bugs, begin = selected(args.words), time.time()
+    if args.list:
+        print("\n".join(f"{file:12} {bug}" for file, bug, *_ in bugs))
+        return
+    golden = ["tests/test_golden.py", "tests/test_golden_finetune.py"] if args.golden else None
+    lines = [dict(file=file, bug=bug, old=old, new=new) for file, bug, old, new, _ in bugs]
+    for i, (by, seconds) in side_by_side(args.jobs, [(golden or tests, args.golden, file, with_bug(file, old, new))
+                                                     for file, _, old, new, tests in bugs]):
+        lines[i] |= dict(noticed=bool(by), by=by, seconds=seconds)
+        print(f"{lines[i]['file']:12} {lines[i]['bug']:40} {by or 'SURVIVES'}", flush=True)
+    named = sorted({f"tests/{line['by']}" for line in lines if line["by"]})
+    for _, (fails, _) in side_by_side(1, [(named, args.golden)] if named else []):
+        if fails:
+            raise SystemExit(f"{fails} fails without any bug, too: mend that first")
+    noticed, seconds = sum(line["noticed"] for line in lines), round(time.time() - begin)
+    score = f"{noticed} of {len(lines)} bugs ({100 * noticed / len(lines):.1f} %)"
+    print(f"{score} noticed, {seconds} s")
+    if args.write and not args.words and not golden:
+        facts = dict(date=time.strftime("%Y-%m-%d"), seconds=seconds, jobs=args.jobs, cores=os.cpu_count(),
+                     torch=importlib.metadata.version("torch"), bugs=len(lines), noticed=noticed)
+        (ROOT / "results" / "mutations.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [facts, *lines]))
+        rows = [f"| {x['file']} | {x['bug']} | {x['by'] or '**survives**'} |" for x in lines]
+        (ROOT / "results" / "mutations.md").write_text("\n".join([TEXT.format(score=score, **facts), *rows, ""]))
+
+
+TEXT = """# Would the tests notice?
+
+One-line bugs in the method, put into a copy of the project one at a time: {score} are noticed without the authors'
+tensors, by the test that stands beside them and passes without the bug. Where a bug survived, the missing test was
+written: so this shows what is guarded, and is no estimate of how many other bugs would be found.
+
+`python tests/mutate.py --write`, {date}: {seconds} s, {jobs} at a time, {cores} cores, torch {torch}. The changed lines
+are in [mutations.jsonl](mutations.jsonl).
+
+| file | bug | noticed by |
+|---|---|---|"""
+
+
+if __name__ == "__main__":
+    main()
