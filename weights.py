@@ -7,6 +7,9 @@ Fine-tuning copies the one relative-position table of pre-training into every bl
 another grid of patches, so tables or positions are resized. Names that are left over, or find nothing in the file, are
 an error unless EXPECTED lists them as thrown away or begun afresh.
 
+What is written to disk stands here, too: files that are whole or not there, with a checksum (write_file, read_file), what
+a run says of itself (describe_run) and its log (Log).
+
 Read in this order: load_backbone, read_architecture, load_state, resize_relative_table; then examine, convert.
 
     python weights.py --check FILE                       # what it is, how large, which commands take it
