@@ -35,7 +35,7 @@ def run(main):
     # Unbuffered lines, as os._exit would drop what is still in the buffer; and file names may be no valid UTF-8.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGINT, StopSignal())
-    if "RANK" not in os.environ:             # torchrun needs SIGTERM's default until the loop: it ends a waiting process
+    if "RANK" not in os.environ:             # torchrun needs SIGTERM's default until the loop, to end a waiting one
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
         main()
@@ -104,7 +104,8 @@ class Watch:
                             f"({', '.join(names[:3])}; all of them are in {self.log.path}); the last good state stays "
                             f"in {self.args.out}")
         if received and self.process.rank == 0:
-            print(f"{signal.Signals(received).name}: saved after step {step}; the same command goes on", file=sys.stderr)
+            print(f"{signal.Signals(received).name}: saved after step {step}; the same command goes on",
+                  file=sys.stderr)
         return received
 
 
@@ -182,8 +183,8 @@ def init_distributed(device="auto"):
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if world_size > 1 and not dist.is_initialized():
-        # torchrun --max-restarts keeps its store, where processes that are gone have left their addresses: a name of its
-        # own for each start.
+        # torchrun --max-restarts keeps its store, where processes that are gone have left their addresses: so each
+        # start has a name of its own there.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
                                 world_size=world_size, timeout=datetime.timedelta(minutes=30))

@@ -231,8 +231,8 @@ class ClipTeacher:
 
 
 def attend(attn, q, k, v, **options):
-    """nn.MultiheadAttention for x = q = k = v without a mask. Under autocast on a CPU its own code copies the weights once
-    per image, as it hands the product a transposed x: seven times slower at CLIP's size. There we multiply ourselves."""
+    """nn.MultiheadAttention for x = q = k = v without a mask. Under autocast on a CPU its own code copies the weights
+    once per image, as it hands the product a transposed x: seven times slower at CLIP's size. There we do it."""
     if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return nn.MultiheadAttention.forward(attn, q, k, v, **options)
     B, T, D = q.shape
@@ -365,8 +365,8 @@ def cache_name(teacher, dataset, flip, amp):
         try:
             status = os.stat(path)
         except OSError as error:
-            raise engine.UserError(f"{data.shown(os.fsdecode(path))} cannot be found ({error.strerror}): remove or mend "
-                                   f"the link") from error
+            raise engine.UserError(f"{data.shown(os.fsdecode(path))} cannot be found ({error.strerror}): remove or "
+                                   f"mend the link") from error
         digest.update(repr((bytes(path), status.st_size, status.st_mtime_ns)).encode())
     return "-".join(["+".join(teacher.names), Path(dataset.name).resolve().name, dataset.split,
                      f"{dataset.transform.size}px", digest.hexdigest()[:12]]) + ".npy"

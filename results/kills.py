@@ -1,5 +1,5 @@
 """Kill training runs with SIGKILL at random moments, start them again by the same command, and compare with runs that
-nobody killed: weights, codebook and optimiser-free hand-over bit for bit, log lines but for their clocks.
+nobody killed: weights and codebook bit for bit, log lines but for their clocks.
 
     python results/kills.py --kills 50         # -> results/kills.md, kills.jsonl; about half an hour on 2 cores
 
@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -48,8 +47,7 @@ def command(setup, files, out):
 
 
 def start(words):
-    # A session of its own: kill -9 for the launcher and all its processes at once, as a lost machine would.
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
@@ -74,7 +72,8 @@ def kill(process, moment, out, stage, seconds):
         time.sleep(0.0005)
     alive = process.poll() is None
     if alive:
-        os.killpg(process.pid, signal.SIGKILL)
+        # The launcher and all its processes at once, as a lost machine would: they have the folder's name in common.
+        subprocess.run(["pkill", "-9", "-f", str(out)])
     process.communicate()
     return alive
 
@@ -146,7 +145,7 @@ at any moment of the run (start-up included), while a checkpoint was being writt
 |---|---|---|---|---|---|---|
 """ + "\n".join(lines) + f"""
 
-{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, torch {torch.__version__}, OMP_NUM_THREADS=1, {time.time() - begin:.0f} s.
+{time.strftime('%Y-%m-%d')}, commit {whole[0][1][0]['commit'][:7]}, {os.cpu_count()} cores, torch {torch.__version__}, OMP_NUM_THREADS=1, {time.time() - begin:.0f} s.
 Every trial, with the resume files that the kill left behind: kills.jsonl.
 """)
 
