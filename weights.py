@@ -7,8 +7,8 @@ Fine-tuning copies the one relative-position table of pre-training into every bl
 another grid of patches, so tables or positions are resized. Names that are left over, or find nothing in the file, are
 an error unless EXPECTED lists them as thrown away or begun afresh.
 
-What is written to disk stands here, too: files that are whole or not there, with a checksum (write_file, read_file), what
-a run says of itself (describe_run) and its log (Log).
+What is written to disk stands here, too: files that are whole or not there, with a checksum (write_file, read_file),
+what a run says of itself (describe_run) and its log (Log).
 
 Read in this order: load_backbone, read_architecture, load_state, resize_relative_table; then examine, convert.
 
@@ -132,10 +132,11 @@ def read_file(path, kind=None, remedy=""):
         raise UserError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
     odd = [place for place, t in found if t.layout != torch.strided or t.device.type != "cpu" or t.is_quantized]
     if odd or sum(t.numel() * t.element_size() for _, t in found) > 4 * size + 2**20:        # 4: weights may be shared
-        raise UserError(f"{path} holds {f'a tensor of an odd kind ({odd[0]})' if odd else 'tensors'} without the numbers "
-                        f"that it would fill: not loaded")
+        what = f"a tensor of an odd kind ({odd[0]})" if odd else "tensors"
+        raise UserError(f"{path} holds {what} without the numbers that it would fill: not loaded")
     if "checksum" in contents and contents["checksum"] != checksum(contents):
-        raise UserError(f"{path} is damaged (its tensors do not give its checksum): take an earlier copy, or make it anew")
+        raise UserError(f"{path} is damaged (its tensors do not give its checksum): take an earlier copy, or make it "
+                        f"anew")
     if kind is not None and contents.get("kind") != kind:
         raise UserError(f"{path} is a {contents.get('kind', 'foreign')!r} file where a {kind!r} file is needed")
     return contents
@@ -173,8 +174,8 @@ class Log:
         self.path, self.active, self.begin = Path(path), process.rank == 0, time.time()
         if not self.active:
             return
-        place = dict(machine=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", device=str(process.device),
-                     threads=torch.get_num_threads(), processes=process.world_size, torch=str(torch.__version__))
+        place = dict(machine=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+                     device=str(process.device), threads=torch.get_num_threads(), processes=process.world_size, torch=str(torch.__version__))
         with self.writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -189,11 +190,11 @@ class Log:
             return
         first = json.loads(lines[0])
         if changed := [f"{k} {first[k]} -> {v}" for k, v in facts.items() if k in first and first[k] != round(v, 6)]:
-            raise UserError(f"{args.data} is not what it was when this run began ({', '.join(changed)}): restore it, or "
-                            f"add --fresh")
+            raise UserError(f"{args.data} is not what it was when this run began ({', '.join(changed)}): restore it, "
+                            f"or add --fresh")
         if moved := ", ".join(f"{k} {first.get(k)} -> {v}" for k, v in place.items() if first.get(k) != v):
-            print(f"note: the run goes on in another place ({moved}): its end will be close, not equal to the last bit, "
-                  f"to that of a run without a break", file=sys.stderr)
+            print(f"note: the run goes on in another place ({moved}): its end will be close, not equal to the last "
+                  f"bit, to that of a run without a break", file=sys.stderr)
 
     @contextlib.contextmanager
     def writing(self):
@@ -275,8 +276,8 @@ def state_dict(checkpoint, name="the checkpoint"):
         raise UserError(f"{name} holds no weights by name, neither under {', '.join(WRAPPERS)} nor directly: "
                         f"give a checkpoint of a stage here, or a released one")
     if odd := [k for k, v in weights.items() if not v.is_floating_point() and not k.endswith("num_batches_tracked")]:
-        raise UserError(f"{name} holds {weights[odd[0]].dtype} numbers in {listed(odd)}, which are no weights: the file is "
-                        f"damaged or of another kind")
+        raise UserError(f"{name} holds {weights[odd[0]].dtype} numbers in {listed(odd)}, which are no weights: the file "
+                        f"is damaged or of another kind")
     return weights
 
 

@@ -92,6 +92,36 @@ def differences(one, two):
             + [a.get("step", "first") for a, b in zip(log, log_) if a != b] + ["log length"] * (len(log) != len(log_)))
 
 
+def report(rows, seconds):
+    """kills.jsonl and kills.md, from the rows of one run or of several."""
+    here = ROOT / "results"
+    (here / "kills.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    count = collections.Counter()
+    for row in rows:
+        key = row["stage"], row["flags"], row["processes"]
+        count[key, row["moment"]] += row["killed"]
+        count[key, "differences"] += len(row["differences"])
+    lines = [f"| {key[0]} | `{key[1]}` | {key[2]} | " + " | ".join(
+        str(count[key, column]) for column in (*MOMENTS, "differences")) + " |" for key in dict.fromkeys(k for k, _ in count)]
+    runs = [f"`python results/kills.py --kills {sum(r['killed'] for r in rows if r['seed'] == seed)} --seed {seed}`"
+            for seed in sorted({row["seed"] for row in rows})]
+    kills, wrong = sum(row["killed"] for row in rows), sum(len(row["differences"]) for row in rows)
+    (here / "kills.md").write_text(f"""# Killed and started again
+
+{' and '.join(runs)}: {kills} times SIGKILL (the launcher and all its
+processes at once), then the same command again; compared with a run that nobody killed, every tensor of the hand-over
+bit by bit and every line of the log but for `images_per_s` and `time`. **{wrong} differences.** Columns: how many kills
+at any moment of the run (start-up included), while a checkpoint was being written, just after an evaluation.
+
+| stage | flags | processes | {' | '.join(MOMENTS)} | differences |
+|---|---|---|---|---|---|---|
+""" + "\n".join(lines) + f"""
+
+{time.strftime('%Y-%m-%d')}, commit {rows[0]['commit']}, {os.cpu_count()} cores, torch {torch.__version__}, OMP_NUM_THREADS=1, {seconds:.0f} s.
+Every trial, with the resume files that the kill left behind: kills.jsonl.
+""")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=50)
@@ -124,30 +154,9 @@ def main():
         shutil.rmtree(out)
     shutil.rmtree(folder)
 
-    here = ROOT / "results"
-    (here / "kills.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    count = collections.Counter()
     for row in rows:
-        key = row["stage"], row["flags"], row["processes"]
-        count[key, row["moment"]] += row["killed"]
-        count[key, "differences"] += len(row["differences"])
-    lines = [f"| {key[0]} | `{key[1]}` | {key[2]} | " + " | ".join(
-        str(count[key, column]) for column in (*MOMENTS, "differences")) + " |" for key in dict.fromkeys(k for k, _ in count)]
-    kills, wrong = sum(row["killed"] for row in rows), sum(len(row["differences"]) for row in rows)
-    (here / "kills.md").write_text(f"""# Killed and started again
-
-`python results/kills.py --kills {args.kills} --seed {args.seed}`: {kills} times SIGKILL (the launcher and all its
-processes at once), then the same command again; compared with a run that nobody killed, every tensor of the hand-over
-bit by bit and every line of the log but for `images_per_s` and `time`. **{wrong} differences.** Columns: how many kills
-at any moment of the run (start-up included), while a checkpoint was being written, just after an evaluation.
-
-| stage | flags | processes | {' | '.join(MOMENTS)} | differences |
-|---|---|---|---|---|---|---|
-""" + "\n".join(lines) + f"""
-
-{time.strftime('%Y-%m-%d')}, commit {whole[0][1][0]['commit'][:7]}, {os.cpu_count()} cores, torch {torch.__version__}, OMP_NUM_THREADS=1, {time.time() - begin:.0f} s.
-Every trial, with the resume files that the kill left behind: kills.jsonl.
-""")
+        row.update(seed=args.seed, commit=whole[0][1][0]["commit"][:7])
+    report(rows, time.time() - begin)
 
 
 if __name__ == "__main__":
