@@ -175,7 +175,8 @@ class Log:
         if not self.active:
             return
         place = dict(machine=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-                     device=str(process.device), threads=torch.get_num_threads(), processes=process.world_size, torch=str(torch.__version__))
+                     device=str(process.device),
+                     threads=torch.get_num_threads(), processes=process.world_size, torch=str(torch.__version__))
         with self.writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -276,8 +277,8 @@ def state_dict(checkpoint, name="the checkpoint"):
         raise UserError(f"{name} holds no weights by name, neither under {', '.join(WRAPPERS)} nor directly: "
                         f"give a checkpoint of a stage here, or a released one")
     if odd := [k for k, v in weights.items() if not v.is_floating_point() and not k.endswith("num_batches_tracked")]:
-        raise UserError(f"{name} holds {weights[odd[0]].dtype} numbers in {listed(odd)}, which are no weights: the file "
-                        f"is damaged or of another kind")
+        raise UserError(f"{name} holds {weights[odd[0]].dtype} numbers in {listed(odd)}, which are no weights: the "
+                        f"file is damaged or of another kind")
     return weights
 
 
