@@ -183,7 +183,7 @@ def test_two_teachers_train_log_apart_and_load_again(tmp_path):
 @pytest.mark.slow
 def test_a_cached_teacher_trains_and_the_next_run_reads_the_same_features(tmp_path):
     flags = ["--limit", 128, "--steps", 6, "--continuous-steps", 2, "--batch-size", 32, "--workers", 0,
-             "--log-every", 1, "--cache-teacher", tmp_path / "cache"]
+             "--log-every", 1, "--amp", "no", "--cache-teacher", tmp_path / "cache"]
     stage("vqkd.py", *flags, "--out", tmp_path / "whole")
     made = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
     stage("vqkd.py", *flags, "--out", tmp_path / "again", "--workers", 1)
