@@ -114,13 +114,19 @@ def counted(step):
 
 
 # What the plain version does instead: the equations, with every matrix written out in memory.
-def plain_attention(self, x, index=None, shared=None):
+def plain_attention(self, x, index=None, shared=None, only=None):
     """softmax(q k^T / sqrt(D/H) + bias) v, with the T x T weights of every head stored."""
     q, k, v = self.queries_keys_values(x)
     logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     bias = self.bias(index, shared)
     weights = (logits if bias is None else logits + bias[..., :logits.shape[-1]]).softmax(dim=-1)
     return self.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+def plain_run(self, block, x, shared, only=None):
+    """A block computes all of its tokens; those nobody reads are dropped afterwards."""
+    x = block(x, self.relative_position_index, shared)
+    return x if only is None else model.select(x, only)
 
 
 def plain_nearest_code(h, codebook, chunk=None):
@@ -140,8 +146,8 @@ def plain_code_sums(h, z, codes):
 @contextlib.contextmanager
 def plain(on=True):
     """Inside, the plain versions stand in for ours (precision is the caller's affair)."""
-    swaps = [(model.Attention, "forward", plain_attention), (vqkd, "nearest_code", plain_nearest_code),
-             (vqkd, "code_sums", plain_code_sums)] if on else []
+    swaps = [(model.Attention, "forward", plain_attention), (ViT, "run", plain_run),
+             (vqkd, "nearest_code", plain_nearest_code), (vqkd, "code_sums", plain_code_sums)] if on else []
     ours = [(owner, name, getattr(owner, name)) for owner, name, _ in swaps]
     for owner, name, function in swaps:
         setattr(owner, name, function)
@@ -196,7 +202,7 @@ def pretrain_step(c, args, device):
             z = tokenizer.encode(images)
             clock("tokenizer")
             logits, logits_cls = forward(imagenet_normalize(images), mask, hidden)
-            loss, _ = pretrain.mim_loss(logits, logits_cls, pretrain.select(z, hidden))
+            loss, _ = pretrain.mim_loss(logits, logits_cls, pretrain.select(z, hidden).flatten())
         clock("forward")
         loss.backward()
         clock("backward")

@@ -62,6 +62,12 @@ def position_bias(table, index):
     return F.embedding(index, table).permute(2, 0, 1).contiguous()
 
 
+def select(x, tokens):
+    """Of every image b the rows tokens[b].  x (B, T, ...), tokens (B, m) long -> (B, m, ...)"""
+    rows = tokens + x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, tokens.shape)
+
+
 def position_table(grid, heads):
     """One row per offset between two patches of the grid, and three for [CLS]; starts at zero, without preference."""
     return nn.Parameter(torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads))
@@ -104,12 +110,16 @@ class Attention(nn.Module):
         return shared if self.relative_position_bias_table is None else position_bias(
             self.relative_position_bias_table, index)
 
-    def forward(self, x, index=None, shared=None):
+    def forward(self, x, index=None, shared=None, only=None):
+        """Tokens (B, T, D), normalised -> (B, T, D). With only (B, m): those of (B, m) tokens, which look at all T."""
         q, k, v = self.queries_keys_values(x)
         bias = self.bias(index, shared)
+        if only is not None:
+            q = select(q.transpose(1, 2), only).transpose(1, 2)                              # (B, H, m, D/H)
+            bias = None if bias is None else bias[:, only].transpose(0, 1)                   # (B, H, m, T)
         if q.device.type != "cpu" or (bias is None and q.dtype == torch.float32):
             # softmax(q k^T / sqrt(D/H) + bias) v in one fused kernel, which never stores the T x T weights
-            bias = None if bias is None else bias.to(q.dtype)[None, ..., :q.shape[2]]
+            bias = None if bias is None else bias.to(q.dtype)[..., :k.shape[2]]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:                # a CPU is faster with the plain products: its fused kernel knows no bias with a gradient
             out = attention_weights(q, k, bias).to(v.dtype) @ v
@@ -161,8 +171,10 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale > 0 else None
 
-    def forward(self, x, index=None, shared=None):
-        attended = self.attn(self.norm1(x), index, shared)
+    def forward(self, x, index=None, shared=None, only=None):
+        """x (B, T, D) -> (B, T, D), or (B, m, D) where only (B, m) says which tokens are wanted of the last block."""
+        attended = self.attn(self.norm1(x), index, shared, only)
+        x = x if only is None else select(x, only)
         x = x + drop_path(attended if self.gamma_1 is None else self.gamma_1 * attended, self.drop_path, self.training)
         mixed = self.mlp(self.norm2(x))
         return x + drop_path(mixed if self.gamma_2 is None else self.gamma_2 * mixed, self.drop_path, self.training)
@@ -242,19 +254,20 @@ class ViT(nn.Module):
     def shared_bias(self):
         return None if self.rel_pos_bias is None else self.rel_pos_bias(self.relative_position_index)
 
-    def run(self, block, x, shared):
+    def run(self, block, x, shared, only=None):
         """One block. Checkpointed, it keeps only its input for the backward pass and then computes the rest again."""
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, x, self.relative_position_index, shared, use_reentrant=False)
-        return block(x, self.relative_position_index, shared)
+            return checkpoint(block, x, self.relative_position_index, shared, only, use_reentrant=False)
+        return block(x, self.relative_position_index, shared, only)
 
-    def features(self, x, blocks=None, mask=None, shared=None):
-        """Raw outputs (B, T, D), before any norm, of the 0-based `blocks` asked for (default: every one), in order."""
+    def features(self, x, blocks=None, mask=None, shared=None, only=None):
+        """Raw outputs (B, T, D), before any norm, of the 0-based `blocks` asked for (default: every one), in order.
+        only (B, m): the uppermost of them gives (B, m, D), these tokens; the work for its others is saved."""
         wanted = range(self.depth) if blocks is None else [b % self.depth for b in blocks]
         shared = self.shared_bias() if shared is None else shared        # built once per step, not once per block
         x, outputs = self.embed(x, mask), {}
         for i in range(max(wanted) + 1):                     # blocks above the last one asked for need not run
-            x = self.run(self.blocks[i], x, shared)
+            x = self.run(self.blocks[i], x, shared, only if i == max(wanted) else None)
             if i in wanted:
                 outputs[i] = x
         return [outputs[i] for i in wanted]

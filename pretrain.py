@@ -27,7 +27,8 @@ from torch import nn
 import data
 import engine
 import weights
-from model import PRESETS, Block, ViT, count_parameters, imagenet_normalize, initialise, rescale_residual_branches
+from model import (
+    PRESETS, Block, ViT, count_parameters, imagenet_normalize, initialise, rescale_residual_branches, select)
 from vqkd import load_tokenizer
 
 PAPER = dict(            # REFERENCE.md section 3
@@ -73,20 +74,17 @@ def sample_block_mask(gh, gw, count, min_block=16, min_aspect=0.3):
 
 
 def hidden_patches(mask):
-    """Which of the B * N patches of a batch are hidden, row by row.  mask (B, N) bool -> (M,) long"""
-    return mask.flatten().nonzero()[:, 0]
-
-
-def select(x, hidden):
-    """x[mask] of x (B, N, ...) by hidden_patches(mask): their number is known without looking.  -> (M, ...)"""
-    return x[hidden // x.shape[1], hidden % x.shape[1]]
+    """Which patches of each image are hidden: the same number of every image.  mask (B, N) bool -> (B, M / B) long"""
+    if (mask.sum(dim=1) != mask[0].sum()).any():
+        raise ValueError(f"every image must hide equally many patches, these hide {mask.sum(dim=1).tolist()}")
+    return mask.nonzero()[:, 1].view(len(mask), -1)
 
 
 def aggregate(last, early):
     """The input of the shallow head, Eq. (4): [x_CLS^(L), x_1^(l), ..., x_N^(l)].  2 x (B, T, D) -> (B, T, D)"""
     # Early patches know little of the rest of the image. To name hidden tokens the head has to consult [CLS], which
     # is the only road from the last layer into this head: so [CLS] learns to summarise.
-    return torch.cat([last[:, :1], early[:, 1:]], dim=1)
+    return torch.cat([last[:, :1], early[:, 1:]], dim=1)     # where only some tokens of `last` are there, [CLS] leads
 
 
 class BEiT(ViT):
@@ -112,28 +110,30 @@ class BEiT(ViT):
         rescale_residual_branches(self.blocks)
         rescale_residual_branches(self.cls_pt_layers, first_layer=early_layer + 1)
 
-    def streams(self, x, mask):
-        """-> the last layer's tokens and the shallow head's (None without it), both (B, T, D), before the norm."""
+    def streams(self, x, mask, only=None):
+        """-> the last layer's tokens and the shallow head's (None without it), both (B, T, D), before the norm; with
+        only (B, m), these tokens alone, [CLS] being the first of them."""
         shared = self.shared_bias()                          # one position bias for all blocks and the head
-        early, last = self.features(x, [self.early_layer - 1, self.depth - 1], mask, shared)
-        if len(self.cls_pt_layers) == 0:
-            return last, None
-        s = aggregate(last, early)
+        whole = only is None or self.early_layer == self.depth           # l = L: the head wants all of the last layer
+        early, last = self.features(
+            x, [self.early_layer - 1, self.depth - 1], mask, shared, None if whole else only)
+        s = aggregate(last, early) if len(self.cls_pt_layers) else None
         for block in self.cls_pt_layers:
-            s = self.run(block, s, shared)
-        return last, s
+            s = self.run(block, s, shared, only if block is self.cls_pt_layers[-1] else None)
+        return last if only is None or not whole else select(last, only), s
 
     def forward(self, x, mask, hidden=None):
         """Normalised images (B, 3, H, W), mask (B, N) bool -> logits, logits_cls (M, K), for hidden patches only.
-        hidden (M,): hidden_patches(mask), if it is known beforehand; a GPU would have to wait to learn M."""
-        last, s = self.streams(x, mask)
+        hidden (B, M / B): hidden_patches(mask), if it is known beforehand; a GPU would have to wait to learn M."""
         hidden = hidden_patches(mask) if hidden is None else hidden
-        # The norm acts on each token alone, so it, too, is needed only where a patch is hidden.
-        logits = self.lm_head(self.norm(select(last[:, 1:], hidden)))
+        # Nothing reads the other patches of either stream's last block: so it computes [CLS] and hidden ones only.
+        only = torch.cat([torch.zeros_like(hidden[:, :1]), 1 + hidden], dim=1)               # (B, 1 + M / B)
+        last, s = self.streams(x, mask, only)
+        logits = self.lm_head(self.norm(last[:, 1:].flatten(0, 1)))
         if s is None:
             return logits, None
         norm, head = (self.norm, self.lm_head) if self.cls_pt_norm is None else (self.cls_pt_norm, self.cls_pt_lm_head)
-        return logits, head(norm(select(s[:, 1:], hidden)))
+        return logits, head(norm(s[:, 1:].flatten(0, 1)))
 
 
 def mim_loss(logits, logits_cls, z):
@@ -325,7 +325,6 @@ def train(args, process):
     ddp = engine.distribute(network, process)
     log = engine.Log(args.out / "pretrain.jsonl", args, process, start, images=len(train_set), steps=steps,
                      chance=math.log(codes))
-    commonest = commonest_codes(tokenizer, train_set, args, process)
     if process.rank == 0:
         print(f"MIM: {count_parameters(model) / 1e6:.2f} M parameters, {len(train_set)} images, {steps} steps of "
               f"{args.batch_size} = {process.world_size} processes x {accumulation} x {micro}; {args.mask_patches} of "
@@ -334,14 +333,14 @@ def train(args, process):
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
     watch = engine.Watch(args, process, log, lambda step: data.names_of(train_set, args.batch_size, step, args.seed))
-    clock, clock_step = time.time(), start
+    clock, clock_step, commonest = time.time(), start, None
     for step in engine.progress(start, steps, process, "pretrain"):
         # 1. Schedules and all randomness are functions of the step, so resuming needs the step and no generator state.
         engine.set_lr(optimizer, engine.cosine_schedule(step, args.lr, args.min_lr, steps, warmup))
         for k in range(accumulation):
             (views, mask), _ = next(batches)
             images, tokenizer_images = views_to_device(views, process.device)        # (B, 3, H, W) in [0, 1]
-            hidden = hidden_patches(mask).to(process.device, non_blocking=True)      # (M,), found on the host: no wait
+            hidden = hidden_patches(mask).to(process.device, non_blocking=True)      # (B, M / B), found on the host
             mask = mask.to(process.device, non_blocking=True)                        # (B, N) bool
             engine.seed_all(args.seed, step, process.rank, k)                        # for stochastic depth
             with engine.no_sync(ddp, last=k == accumulation - 1):
@@ -350,7 +349,8 @@ def train(args, process):
                     z = tokenizer.encode(tokenizer_images)                           # (B, N)
                     # 3. Name the hidden patches: from the last layer, Eq. (3), and through the [CLS] head, Eq. (4).
                     logits, logits_cls = ddp(imagenet_normalize(images), mask, hidden)       # (M, K) each
-                    loss, (loss_mim, loss_cls) = mim_loss(logits, logits_cls, select(z, hidden))
+                    z = select(z, hidden).flatten()                                  # (M,)
+                    loss, (loss_mim, loss_cls) = mim_loss(logits, logits_cls, z)
                 (loss / accumulation).backward()
             watch.note(loss, step)
 
@@ -363,13 +363,16 @@ def train(args, process):
         if step % args.log_every == 0 or last:
             rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
             clock, clock_step = time.time(), step + 1
-            facts = dict(loss=loss.item(), loss_mim=loss_mim.item(), mask_acc=accuracy(logits, select(z, hidden)))
+            facts = dict(loss=loss.item(), loss_mim=loss_mim.item(), mask_acc=accuracy(logits, z))
             if logits_cls is not None:
-                facts |= dict(loss_cls=loss_cls.item(), mask_acc_cls=accuracy(logits_cls, select(z, hidden)))
+                facts |= dict(loss_cls=loss_cls.item(), mask_acc_cls=accuracy(logits_cls, z))
             log(step=step, epoch=step / per_epoch, **facts, grad_norm=grad_norm.item(),
                 lr=optimizer.param_groups[0]["lr"], images_per_s=rate)
         if (step + 1) % per_epoch == 0 or last:
-            begun, result = time.time(), evaluate(model, tokenizer, val_set, commonest, args, process)
+            begun = time.time()
+            if commonest is None:                            # the tokenizer is frozen: it stays what it is
+                commonest = commonest_codes(tokenizer, train_set, args, process)
+            result = evaluate(model, tokenizer, val_set, commonest, args, process)
             clock += time.time() - begun                     # images_per_s is about training
             log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
             if process.rank == 0:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
+from torchvision.transforms.v2 import functional as VF
 
 import data
 import engine
@@ -191,22 +192,48 @@ def test_both_views_of_masked_image_modelling_show_one_window():
     assert torch.is_tensor(data.mim_transform(48, 48)(photo()))           # one size, one tensor
 
 
-def test_colour_jitter_acts_on_the_whole_image_before_the_crop():
-    transform = data.mim_transform(16)
-    seen = []
-    for name in ("jitter", "crop"):
-        part = getattr(transform, name)
-        setattr(transform, name, lambda x, name=name, part=part: (seen.append((name, tuple(x.shape))), part(x))[1])
+def test_colour_jitter_acts_on_the_whole_image_before_the_crop(monkeypatch):
+    transform, seen = data.mim_transform(16), []
+    for owner, name in ((data, "jitter"), (transform, "crop")):
+        part = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda x, *how, name=name, part=part: (
+            seen.append((name, tuple(x.shape), *how)), part(x, *how))[1])
     transform(photo(60, 80))
-    assert seen == [("jitter", (3, 60, 80)), ("crop", (3, 60, 80))]
+    assert seen == [("jitter", (3, 60, 80), 0.4), ("crop", (3, 60, 80))]
+    seen.clear()
+    data.mim_transform(16, color_jitter=0)(photo(60, 80))
+    assert not seen
 
 
-def test_colour_jitter_changes_brightness_contrast_and_saturation_but_no_hue():
-    jitter = data.mim_transform(48).jitter
-    assert jitter.hue is None
-    for strength in (jitter.brightness, jitter.contrast, jitter.saturation):
-        assert strength == pytest.approx((0.6, 1.4))
-    assert data.mim_transform(48, color_jitter=0).jitter is None
+def test_colour_jitter_is_torchvisions_brightness_contrast_and_saturation_in_random_order():
+    adjust, orders = (VF.adjust_brightness, VF.adjust_contrast, VF.adjust_saturation), set()
+    for seed in range(30):
+        engine.seed_all(seed)
+        image = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
+        engine.seed_all(seed)
+        order, factors = torch.randperm(3).tolist(), (1 + 0.4 * (2 * torch.rand(3) - 1)).tolist()
+        assert all(0.6 <= factor <= 1.4 for factor in factors)
+        want = image / 255                                   # floats, which torchvision does not round in between
+        for which in order:
+            want = adjust[which](want, factors[which])
+        orders.add(tuple(order))
+        engine.seed_all(seed)
+        got = data.jitter(image, 0.4)
+        assert got.dtype == torch.uint8
+        torch.testing.assert_close(got.float(), 255 * want, atol=0.55, rtol=0)
+        engine.seed_all(seed)
+        assert torch.equal(data.jitter(image.permute(1, 2, 0).contiguous().permute(2, 0, 1), 0.4), got)
+    assert len(orders) == 6
+
+
+def test_colour_jitter_never_changes_the_hue_of_a_picture_or_the_image_it_was_given():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    image[0], image[1], image[2] = 140, 110, 80              # an orange: green half-way between blue and red
+    for seed in range(20):
+        torch.manual_seed(seed)
+        r, g, b = data.jitter(image, 0.4)[:, 0, 0].tolist()
+        assert r > g > b and abs((r - g) - (g - b)) <= 2
+    assert image[0].eq(140).all() and image[1].eq(110).all()
 
 
 def test_fine_tuning_erases_a_quarter_of_the_images_with_normal_noise_after_normalisation():
@@ -264,8 +291,8 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre():
 
 @pytest.mark.parametrize("size, margin", [(224, 256), (112, 128), (64, 73)])
 def test_the_centre_crop_leaves_the_margin_of_224_in_256(size, margin, monkeypatch):
-    resize, sizes = data.VF.resize, []
-    monkeypatch.setattr(data.VF, "resize", lambda image, to, **how: (sizes.append(to), resize(image, to, **how))[1])
+    resize, sizes = VF.resize, []
+    monkeypatch.setattr(VF, "resize", lambda image, to, **how: (sizes.append(to), resize(image, to, **how))[1])
     data.eval_transform(size)(photo(300, 400))
     assert sizes == [[margin]]
 
@@ -456,7 +483,7 @@ def test_every_kind_of_image_becomes_eight_bit_rgb(tmp_path):
 
     def pixel(name, y, x):
         image = data.read_image(tmp_path / name)
-        assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.is_contiguous()
+        assert image.dtype == torch.uint8 and image.shape[0] == 3
         return image[:, y, x].tolist()
 
     assert pixel("sixteen.png", 7, 0) == [223] * 3           # 57344 of 65535 is 223.1 of 255

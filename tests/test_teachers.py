@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as VF
 
 import data
 import engine
@@ -531,7 +532,7 @@ def test_whatever_changes_the_features_asks_for_another_file(tmp_path, tiny_vit,
     folder = tmp_path / "images"
     for i in range(3):
         (folder / "val").mkdir(parents=True, exist_ok=True)
-        data.VF.to_pil_image(shapes().image(i)).save(folder / "val" / f"{i}.png")
+        VF.to_pil_image(shapes().image(i)).save(folder / "val" / f"{i}.png")
 
     def files():
         return data.Folder(str(folder), "val", data.eval_transform(24), labelled=False)
