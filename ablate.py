@@ -33,8 +33,10 @@ import vqkd
 
 RUNS = Path("runs/ablations")
 # A third of tiny's usual steps, enough for the masked losses to leave the level of the codes' entropy.
-SHORT = dict(vqkd=["--steps", "240", "--continuous-steps", "100"], pretrain=["--steps", "300"],
-             linprobe=["--limit", "6000", "--blocks", "2"])
+BATCH = "--batch-size 64 --micro-batch 64 "
+SHORT = {stage: flags.split() for stage, flags in dict(
+    vqkd=BATCH + "--steps 240 --continuous-steps 100 --lr 2e-3 --warmup-epochs 0.6",
+    pretrain=BATCH + "--steps 300 --warmup-epochs 0.75", linprobe="--limit 6000 --blocks 2").items()}
 
 
 # --- what has no flag -------------------------------------------------------------------------------------------------

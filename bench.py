@@ -44,6 +44,7 @@ import model
 import pretrain
 import segment
 import vqkd
+import weights
 from engine import UserError
 from model import PRESETS, ViT, imagenet_normalize
 
@@ -202,7 +203,7 @@ def pretrain_step(c, args, device):
             z = tokenizer.encode(images)
             clock("tokenizer")
             logits, logits_cls = forward(imagenet_normalize(images), mask, hidden)
-            loss, _ = pretrain.mim_loss(logits, logits_cls, pretrain.select(z, hidden).flatten())
+            loss, _ = pretrain.mim_loss(logits, logits_cls, pretrain.select(z, hidden).flatten(0, 1))
         clock("forward")
         loss.backward()
         clock("backward")
@@ -387,7 +388,10 @@ def measure_peak(stage, args, amp, is_plain, threads, queue):
     def most():                                              # held at any one time so far
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device) / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        status = Path("/proc/self/status")                   # Linux: kB, of this process alone; getrusage begins with
+        if status.exists():                                  # the peak of the parent
+            return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20                # macOS: bytes
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")        # Linux forgets the peak of building the network
     before = most()
@@ -452,27 +456,37 @@ def bench_quantizer(args, device, tell):
 
 
 def bench_loader(args, device, tell):
-    """Images a second of each stage's transforms in one process, beside what a step at the full matrix rate eats."""
+    """Images a second that one loader process makes of JPEGs (tiny: of shapes, held in memory as CIFAR is), beside what
+    a step at the full matrix rate eats."""
     c = sizes(args.model)
     grid = (math.isqrt(c.N),) * 2
-    views = dict(vqkd=data.vqkd_transform(c.S), pretrain=pretrain.MaskedViews(
-        data.mim_transform(c.S), grid, c.M, max(1, c.N * 16 // 196)), finetune=data.FinetuneTransform(c.S))
+    tiny = args.model == "tiny"
+    crops = data.mim_transform(c.S, scale=(1.0, 1.0), color_jitter=0) if tiny else data.mim_transform(c.S)
+    views = dict(pixels=None, vqkd=data.vqkd_transform(c.S), finetune=data.FinetuneTransform(c.S),
+                 linprobe=data.eval_transform(c.S),
+                 pretrain=pretrain.MaskedViews(crops, grid, c.M, max(1, c.N * 16 // 196)))
+    if tiny:
+        clock = Clock(args, device)
+        count = len(data.open_data("shapes", "train"))
+        clock("drawing")
+        print(f"\nshapes: {count} images drawn in {clock.parts['drawing']:.1f} s")
+        tell(stage="loader", name="drawing shapes", images_per_s=count / clock.parts["drawing"])
     limit = matrix_rate(c, args, device, "bf16" if args.amp == "bf16" else "no")
     with tempfile.TemporaryDirectory() as folder:
-        if args.model != "tiny":
-            write_pictures(Path(folder), 64)
-        for stage, transform in views.items():
-            dataset = data.open_data("shapes", "train", transform, limit=64) if args.model == "tiny" else data.Folder(
-                Path(folder), None, transform, labelled=False)
+        write_pictures(Path(folder), 16)
+        for name, transform in views.items():
+            dataset = data.open_data("shapes", "train", transform, limit=64) if tiny else data.Folder(
+                folder, None, transform, labelled=False)
             dataset[(0, 0)]
             clock, seen = Clock(args, device), 0
             while seen < 32 or clock.parts["loader"] < 1.0:
                 dataset[(1, seen % len(dataset))]
                 clock("loader")
                 seen += 1
-            rate, need = seen / clock.parts["loader"], limit / sum(operations(stage, c).values())
-            print(f"loader of {stage:9} {rate:8.1f} images/s a process; a step at full matrix rate takes {need:.1f}")
-            tell(stage="loader", name=stage, images_per_s=rate, need=need)
+            rate = seen / clock.parts["loader"]
+            need = limit / sum(operations(name, c).values()) if transform else math.nan
+            print(f"loader of {name:9} {rate:8.1f} images/s a process; a step at full matrix rate takes {need:.1f}")
+            tell(stage="loader", name=name, images_per_s=rate, need=need)
 
 
 def write_pictures(folder, count):
@@ -486,17 +500,39 @@ def write_pictures(folder, count):
 
 
 def bench_startup(args, device, tell):
-    """Seconds until a command has built its network: python STAGE.py --dry-run."""
-    commands = {"vqkd": ["--teacher", "hog"], "pretrain": []}
-    for stage, flags in commands.items():
-        size = "base" if (stage, args.model) == ("vqkd", "large") else args.model
-        begin = time.perf_counter()
-        done = subprocess.run([sys.executable, str(engine.ROOT / f"{stage}.py"), "--model", size, "--dry-run", *flags],
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{stage}.py --dry-run failed: {done.stderr.strip().splitlines()[-1]}")
-        print(f"startup of {stage:9} {time.perf_counter() - begin:6.1f} s")
-        tell(stage="startup", name=stage, seconds=time.perf_counter() - begin)
+    """Seconds of `python STAGE.py --help` beside those of `import torch`, and until tiny has made its first step."""
+    def seconds(*command):
+        times = []
+        for _ in range(args.repeats):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=weights.ROOT, check=True, capture_output=True)
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    bare = seconds("-c", "import torch")
+    print(f"\nimport torch {bare:.2f} s; --help on top of that:", end=" ")
+    for stage in STEPS:
+        extra = seconds(f"{stage}.py", "--help") - bare
+        print(f"{stage} {extra:.2f}", end=" ", flush=True)
+        tell(stage="startup", name=f"{stage} --help", seconds=extra, import_torch=bare)
+    print("\nfirst training step of tiny, from the command on:", end=" ")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "vqkd.py", "--out", f"{folder}/pretrain", "--steps", "2", "--continuous-steps",
+                        "1", "--limit", "64"], cwd=weights.ROOT, check=True, capture_output=True)
+        for stage in ("vqkd", "pretrain"):
+            log, begin = Path(folder, stage, f"{stage}.jsonl"), time.perf_counter()
+            command = subprocess.Popen([sys.executable, f"{stage}.py", "--out", f"{folder}/{stage}"], cwd=weights.ROOT,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while not (done := log.exists() and '"step": 0' in log.read_text()) and command.poll() is None:
+                time.sleep(0.02)
+            took = time.perf_counter() - begin
+            command.terminate()
+            command.wait()
+            if not done:
+                raise UserError(f"{stage}.py made no step: run it alone to see why")
+            print(f"{stage} {took:.1f} s", end=" ", flush=True)
+            tell(stage="startup", name=f"{stage}: first step", seconds=took)
+    print()
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------

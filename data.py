@@ -529,7 +529,7 @@ def jitter(image, strength):
     random order. Contrast is the distance from the image's mean grey, saturation that from the pixel's own grey.
 
     Written out, as this is most of the loader's work: five times faster than torchvision's on 500 x 375 pixels, since
-    numbers become bytes once. (Differs from the recipe, which rounds after each of the three: by a few levels of 255.)"""
+    numbers become bytes once. Differs from the recipe, which rounds after each of the three: by a few levels."""
     order, factors = torch.randperm(3).tolist(), (1 + strength * (2 * torch.rand(3) - 1)).tolist()
     x = image.to(torch.float32, memory_format=torch.contiguous_format)
     for which in order:
@@ -917,7 +917,7 @@ def resolve_steps(args, images):
     """-> (steps, warmup_steps, steps_per_epoch)"""
     per_epoch = steps_per_epoch(images, args.batch_size)
     steps = args.steps or args.epochs * per_epoch            # a run cut short keeps the recipe's share of warm-up:
-    warmup = round(args.steps * args.warmup_epochs / args.epochs) if args.steps else args.warmup_epochs * per_epoch
+    warmup = round(args.warmup_epochs * (args.steps / args.epochs if args.steps else per_epoch))
     return steps, min(warmup, steps - 1), per_epoch
 
 

@@ -190,7 +190,7 @@ def parse_args(argv=None):
     g.add_argument("--layer-decay", type=float, help="rate of a block by the next one's; base: 0.65 (1600 epochs: 0.6)")
     g.add_argument("--weight-decay", type=float, help="base: 0.05")
     g.add_argument("--drop-path", type=float, help="stochastic depth, last block; base: 0.1 (0.2 from 1600 epochs)")
-    g.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up; base: 20")
+    g.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up; base: 20")
     args = p.parse_args(argv)
     if args.model not in RECIPES:
         engine.with_recipe(args, RECIPES)                    # says which there are
@@ -494,7 +494,8 @@ def main(argv=None):
     if args.dry_run:
         preset = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
         classes = 10 if args.model == "tiny" else 21_841 if args.intermediate else 1000
-        model = ViT(**preset, pool=args.pool, num_classes=classes)
+        with torch.device("meta"):                           # shapes without numbers
+            model = ViT(**preset, pool=args.pool, num_classes=classes)
         print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters with {model.num_classes} classes; {model.num_patches} "
               f"patches; {args.batch_size} images per update")

@@ -35,7 +35,7 @@ PAPER = dict(            # REFERENCE.md section 3
     early_layer=9, head_depth=2, lr=1.5e-3, min_lr=1e-5, beta2=0.98, weight_decay=0.05, clip_grad=3.0, drop_path=0.0,
     batch_size=2048, micro_batch=128, epochs=300, warmup_epochs=10, color_jitter=0.4, crop_scale=0.2)
 RECIPES = {              # tiny, small: ours
-    "tiny": dict(PAPER, early_layer=4, lr=2e-3, batch_size=64, micro_batch=64, epochs=4, warmup_epochs=1,
+    "tiny": dict(PAPER, early_layer=4, lr=2e-3, batch_size=32, micro_batch=32, epochs=3, warmup_epochs=1,
                  color_jitter=0.0, crop_scale=1.0),
     "small": dict(PAPER, micro_batch=256),
     "base": PAPER,
@@ -204,7 +204,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=float, help="base: 0.05")
     g.add_argument("--clip-grad", type=float, help="largest gradient norm, 0 for none; base: 3")
     g.add_argument("--drop-path", type=float, help="stochastic depth, last block; base: 0 (0.1 from 1600 epochs on)")
-    g.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up; base: 10")
+    g.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up; base: 10")
     args = p.parse_args(argv)
     if args.no_aggregation or args.head_depth == 0:
         given = dict(early_layer=args.early_layer, head_depth=args.head_depth, separate_head=args.separate_head)
@@ -349,7 +349,7 @@ def train(args, process):
                     z = tokenizer.encode(tokenizer_images)                           # (B, N)
                     # 3. Name the hidden patches: from the last layer, Eq. (3), and through the [CLS] head, Eq. (4).
                     logits, logits_cls = ddp(imagenet_normalize(images), mask, hidden)       # (M, K) each
-                    z = select(z, hidden).flatten()                                  # (M,)
+                    z = select(z, hidden).flatten(0, 1)                                # (M,)
                     loss, (loss_mim, loss_cls) = mim_loss(logits, logits_cls, z)
                 (loss / accumulation).backward()
             watch.note(loss, step)

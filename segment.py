@@ -559,8 +559,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         classes = args.classes or (11 if args.data == "shapes" else 150)
-        vit = ViT(**PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)).to("meta")
         with torch.device("meta"):                           # shapes without numbers
+            vit = ViT(**PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size))
             model = UPerNet(vit, classes, args.channels)
             sizes = [tuple(x.shape[-2:]) for x in model.maps(torch.zeros(2, 3, args.image_size, args.image_size))]
         print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))

@@ -37,10 +37,10 @@ PAPER = dict(            # REFERENCE.md section 2; the paper has this one tokeni
     min_lr=1e-5, beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=64, epochs=100, warmup_epochs=10,
     crop_scale=0.08, continuous_steps=0, restart_dead_codes=0)
 RECIPES = {              # tiny, small: ours
-    # tiny: codes that start on an encoder which knows nothing hold it back (results/README.md: cold start). So two
-    # epochs go without quantizer, then come the k-means start, a faster moving average, new places for dead codes.
-    "tiny": dict(PAPER, teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, decay=0.97, lr=2e-3,
-                 batch_size=64, micro_batch=64, epochs=5, warmup_epochs=1, crop_scale=0.6, continuous_steps=376,
+    # tiny: codes that start on an encoder which knows nothing hold it back (results/README.md: cold start). So an
+    # epoch goes without quantizer, then come the k-means start, a faster moving average, new places for dead codes.
+    "tiny": dict(PAPER, teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, decay=0.97, lr=4e-3,
+                 batch_size=32, micro_batch=32, epochs=3, warmup_epochs=1, crop_scale=0.6, continuous_steps=375,
                  restart_dead_codes=20),
     "small": dict(PAPER, codes=2048, decoder_depth=1, micro_batch=128),
     "base": PAPER,
@@ -225,7 +225,7 @@ def parse_args(argv=None):
     g.add_argument("--min-lr", type=float, help="rate that the cosine approaches; base: 1e-5")
     g.add_argument("--beta2", type=float, help="of AdamW; base: 0.99")
     g.add_argument("--weight-decay", type=float, help="base: 1e-4")
-    g.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up; base: 10")
+    g.add_argument("--warmup-epochs", type=float, help="epochs of linear warm-up; base: 10")
     g.add_argument("--init", type=Path, help="go on from this tokenizer (ours or a released one) on your own --data; "
                                              "with another number of --codes its most used ones stay, or are split")
     g.add_argument("--encode", type=Path, metavar="IMAGE_OR_FOLDER", help="only write the token ids of images")
@@ -565,8 +565,10 @@ def main(argv=None):
     if args.dry_run:
         # The teacher's width is all that is wanted of it: known for the two of the paper, free of cost for ours.
         known, grid = dict(clip=512, dino=768), (args.image_size // args.patch_size,) * 2
-        model = build(args, [known.get(name) or teachers.build_one(name, grid, args.patch_size, "cpu").dim
-                             for name in teachers.split_names(args.teacher)])
+        dims = [known.get(name) or teachers.build_one(name, grid, args.patch_size, "cpu").dim
+                for name in teachers.split_names(args.teacher)]
+        with torch.device("meta"):                           # shapes without numbers
+            model = build(args, dims)
         print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters; {model.encoder.num_patches} patches per image; "
               f"{args.codes} codes of {args.code_dim} numbers; {args.batch_size} images per update")

@@ -141,7 +141,7 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
         ("tokenizer gets the backbone's pixels", "tokenizer.encode(tokenizer_images)          ",
          "tokenizer.encode(imagenet_normalize(tokenizer_images))  "),
         ("gradients not clipped", "args.clip_grad or math.inf", "math.inf"),
-        ("codes of visible patches as targets", "z = select(z, hidden).flatten()", "z = z[~mask][:hidden.numel()]"),
+        ("codes of visible patches as targets", "z = select(z, hidden).flatten(0, 1)", "z = z[~mask][:hidden.numel()]"),
         ("evaluation with drop path", "    model.eval()\n", "", LOOPS),
         ("training without drop path", "    model.train()\n", "", LOOPS),
         ("weight decay not handed on", "named_parameters(), args.weight_decay)", "named_parameters(), 0)", LOOPS),

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import data
 import engine
 import weights
+from conftest import ROOT
 from engine import UserError
 from model import ViT
 
@@ -49,6 +52,9 @@ def test_a_batch_that_the_processes_cannot_share_is_refused():
 def test_steps_and_warm_up_follow_from_the_epochs_or_keep_their_proportion():
     args = argparse.Namespace(batch_size=10, steps=None, epochs=4, warmup_epochs=1)
     assert data.resolve_steps(args, 25) == (8, 2, 2)       # 5 images too few for a third batch
+    args.warmup_epochs = 1.5
+    assert data.resolve_steps(args, 25) == (8, 3, 2)
+    args.warmup_epochs = 1
     args.steps = 20
     assert data.resolve_steps(args, 25) == (20, 5, 2)      # a quarter of the steps, as in the recipe
     args.steps, args.warmup_epochs = 1, 4
@@ -376,3 +382,11 @@ def test_the_optimiser_is_adamw_with_eps_1e_8():
     groups = [dict(params=[nn.Parameter(torch.ones(2))], lr_scale=1.0)]
     optimizer = engine.adamw(groups, (0.9, 0.98), torch.device("cpu"))
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["eps"] == 1e-8
+
+
+def test_no_command_imports_what_it_may_not_need():
+    stages = "vqkd, pretrain, finetune, linprobe, segment, visualize, factors, ablate, weights"
+    slow = "torchvision open_clip timm scipy matplotlib torch._dynamo".split()           # as long as torch itself
+    code = f"import sys, {stages}; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
