@@ -152,9 +152,11 @@ def plain(on=True):
     ours = [(owner, name, getattr(owner, name)) for owner, name, _ in swaps]
     for owner, name, function in swaps:
         setattr(owner, name, function)
+    engine.keep_freed_memory(not on)
     try:
         yield
     finally:
+        engine.keep_freed_memory()
         for owner, name, function in ours:
             setattr(owner, name, function)
 
@@ -394,6 +396,8 @@ def measure_peak(stage, args, amp, is_plain, threads, queue):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20                # macOS: bytes
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")        # Linux forgets the peak of building the network
+    if not is_plain:
+        engine.keep_freed_memory()
     before = most()
     with plain(is_plain):
         for _ in range(2):
@@ -472,6 +476,8 @@ def bench_loader(args, device, tell):
         print(f"\nshapes: {count} images drawn in {clock.parts['drawing']:.1f} s")
         tell(stage="loader", name="drawing shapes", images_per_s=count / clock.parts["drawing"])
     limit = matrix_rate(c, args, device, "bf16" if args.amp == "bf16" else "no")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                 # as many as torch gives a worker
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), 16)
         for name, transform in views.items():
@@ -487,6 +493,7 @@ def bench_loader(args, device, tell):
             need = limit / sum(operations(name, c).values()) if transform else math.nan
             print(f"loader of {name:9} {rate:8.1f} images/s a process; a step at full matrix rate takes {need:.1f}")
             tell(stage="loader", name=name, images_per_s=rate, need=need)
+    torch.set_num_threads(threads)
 
 
 def write_pictures(folder, count):

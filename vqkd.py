@@ -55,8 +55,8 @@ def l2(x):
 
 def nearest_code(h, codebook, chunk=None):
     """The token of every vector, Eq. (1).  h (..., D), codebook (K, D) -> (...) long in [0, K).  A pure look-up."""
-    # In chunks, so that no more than chunk x K similarities exist at a time: 4 MB stay in a CPU's cache.
-    chunk = chunk or max(1, (2**20 if h.device.type == "cpu" else 2**27) // len(codebook))
+    # In chunks, so that no more than chunk x K similarities exist at a time: 8 MB stay in a CPU's cache.
+    chunk = chunk or max(1, (2**21 if h.device.type == "cpu" else 2**27) // len(codebook))
     with torch.no_grad(), torch.autocast(h.device.type, enabled=False):  # float32: bf16 would change about 1 id in 300
         h, v = l2(h.float()), l2(codebook.float())
         # Eq. (1):  z_i = argmin_j || l2(h_i) - l2(v_j) ||

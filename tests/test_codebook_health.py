@@ -59,7 +59,7 @@ def test_a_small_batch_on_a_large_codebook_is_no_collapse():
     assert not health["warned"] and health["best"] == pytest.approx(150)
 
 
-NAIVE = "--continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --warmup-epochs 0 --lr 3e-3".split()
+NAIVE = "--continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --warmup-epochs 0 --lr 3e-3 --batch-size 64".split()
 
 
 @pytest.mark.slow
