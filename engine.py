@@ -60,6 +60,11 @@ def run(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            ended = sys.exc_info()[1]
+            if ended is None or isinstance(ended, SystemExit):
+                # The interpreter's own end now and then meets a thread of gloo and aborts a process whose work is done.
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit((ended.code or 0) if ended else 0)
 
 
 class StopSignal:

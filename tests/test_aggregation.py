@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench
 import engine
 import vqkd
 from conftest import log_lines
@@ -218,3 +219,19 @@ def test_the_targets_are_the_codes_of_the_hidden_patches_in_training_and_in_eval
     monkeypatch.setattr(pretrain, "mim_loss", watch_loss)
     run("targets", "--steps", "2")
     assert checked == [True] * 3                             # two batches of training, one of evaluation
+
+
+@pytest.mark.parametrize("early_layer, head_depth", [(2, 0), (2, 1), (2, 2), (3, 2)])
+def test_tokens_that_nobody_reads_can_be_left_out_of_the_last_blocks(early_layer, head_depth):
+    model, mask = BEiT(32, 8, 32, 3, 4, 64, early_layer=early_layer, head_depth=head_depth), torch.zeros(2, 16).bool()
+    mask[0, 3:9], mask[1, [0, 2, 5, 11, 14, 15]] = True, True
+    torch.nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
+    x, z, answers = torch.randn(2, 3, 32, 32), torch.randint(0, 64, (12,)), []
+    for whole in (True, False):
+        with bench.plain(whole):
+            logits, logits_cls = model(x, mask)
+            mim_loss(logits, logits_cls, z)[0].backward()
+        answers.append([logits, logits_cls] + [p.grad for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    for a, b in zip(*answers):
+        torch.testing.assert_close(a, b)
