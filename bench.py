@@ -396,8 +396,6 @@ def measure_peak(stage, args, amp, is_plain, threads, queue):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20                # macOS: bytes
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")        # Linux forgets the peak of building the network
-    if not is_plain:
-        engine.keep_freed_memory()
     before = most()
     with plain(is_plain):
         for _ in range(2):
@@ -479,7 +477,8 @@ def bench_loader(args, device, tell):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                 # as many as torch gives a worker
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder), 16)
+        if not tiny:
+            write_pictures(Path(folder), 16)
         for name, transform in views.items():
             dataset = data.open_data("shapes", "train", transform, limit=64) if tiny else data.Folder(
                 folder, None, transform, labelled=False)

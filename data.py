@@ -617,10 +617,12 @@ class EvalTransform:
         self.size = size
 
     def __call__(self, image):
+        size, whole = [self.size, self.size], self.size >= 384 or max(image.shape[-2:]) <= 64
+        if whole and list(image.shape[-2:]) == size:
+            return image
         from torchvision.transforms.v2 import functional as VF
-        size = [self.size, self.size]
-        if self.size >= 384 or max(image.shape[-2:]) <= 64:
-            return image if list(image.shape[-2:]) == size else VF.resize(image, size, **BICUBIC)
+        if whole:
+            return VF.resize(image, size, **BICUBIC)
         longest = 8 * min(image.shape[-2:])                  # of a strip, say 20,000 x 10, the crop shows the middle:
         if max(image.shape[-2:]) > longest:                  # enlarged as a whole it would fill the memory
             image = VF.center_crop(image, [min(side, longest) for side in image.shape[-2:]])
@@ -651,6 +653,8 @@ def distort(image):
     """Photometric distortion of an image (3, H, W) uint8; each of the four with probability 1/2, in values of 0 to 255:
     brightness + U(-32, 32); contrast x U(0.5, 1.5), here or, by a coin, last; saturation x U(0.5, 1.5); hue + up to 18
     of 180 steps either way. Recipe, not in the paper."""
+    from torchvision.transforms.v2 import functional as VF
+
     def coin():
         return torch.rand(()).item() < 0.5
 
@@ -660,7 +664,6 @@ def distort(image):
     def contrast(x):
         return (x * uniform(0.5, 1.5)).clamp(0, 255) if coin() else x
 
-    from torchvision.transforms.v2 import functional as VF
     x = image.float()                    # Differs from the recipe: it rounds to bytes after each of the four, we once
     if coin():
         x = (x + uniform(-32, 32)).clamp(0, 255)
@@ -690,10 +693,10 @@ class SegmentTransform:
 
     def __call__(self, image, labels):
         """image (3, H, W) uint8, labels (H, W) uint8 -> the same of size x size"""
-        from torchvision.transforms.v2 import functional as VF
         r = 1 / self.jitter + (self.jitter - 1 / self.jitter) * torch.rand(()).item()
         size = fit_size(*labels.shape, 4 * self.size * r, self.size * r)
         if size != tuple(labels.shape):
+            from torchvision.transforms.v2 import functional as VF
             # Bilinear without antialiasing, nearest by rounding down: as OpenCV's, which the authors use.
             image = VF.resize(image, size, BILINEAR, antialias=False)
             labels = VF.resize(labels[None], size, NEAREST)[0]

@@ -63,7 +63,6 @@ def run(main):
             ended = sys.exc_info()[1]
             if ended is None or isinstance(ended, SystemExit):
                 # The interpreter's own end now and then meets a thread of gloo and aborts a process whose work is done.
-                sys.stdout.flush(), sys.stderr.flush()
                 os._exit((ended.code or 0) if ended else 0)
 
 

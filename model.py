@@ -119,7 +119,7 @@ class Attention(nn.Module):
             bias = None if bias is None else bias[:, only].transpose(0, 1)                   # (B, H, m, T)
         if q.device.type != "cpu" or (bias is None and q.dtype == torch.float32):
             # softmax(q k^T / sqrt(D/H) + bias) v in one fused kernel, which never stores the T x T weights
-            bias = None if bias is None else bias.to(q.dtype)[..., :k.shape[2]]
+            bias = None if bias is None else bias.to(q.dtype)[..., :k.shape[2]].expand(len(q), -1, -1, -1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:                # a CPU is faster with the plain products: its fused kernel knows no bias with a gradient
             out = attention_weights(q, k, bias).to(v.dtype) @ v

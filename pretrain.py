@@ -84,7 +84,7 @@ def aggregate(last, early):
     """The input of the shallow head, Eq. (4): [x_CLS^(L), x_1^(l), ..., x_N^(l)].  2 x (B, T, D) -> (B, T, D)"""
     # Early patches know little of the rest of the image. To name hidden tokens the head has to consult [CLS], which
     # is the only road from the last layer into this head: so [CLS] learns to summarise.
-    return torch.cat([last[:, :1], early[:, 1:]], dim=1)     # where only some tokens of `last` are there, [CLS] leads
+    return torch.cat([last[:, :1], early[:, 1:]], dim=1)     # of `last`, [CLS] alone
 
 
 class BEiT(ViT):
@@ -114,13 +114,12 @@ class BEiT(ViT):
         """-> the last layer's tokens and the shallow head's (None without it), both (B, T, D), before the norm; with
         only (B, m), these tokens alone, [CLS] being the first of them."""
         shared = self.shared_bias()                          # one position bias for all blocks and the head
-        whole = only is None or self.early_layer == self.depth           # l = L: the head wants all of the last layer
-        early, last = self.features(
-            x, [self.early_layer - 1, self.depth - 1], mask, shared, None if whole else only)
+        wanted = None if self.early_layer == self.depth else only        # l = L: the head reads all of the last layer
+        early, last = self.features(x, [self.early_layer - 1, self.depth - 1], mask, shared, wanted)
         s = aggregate(last, early) if len(self.cls_pt_layers) else None
         for block in self.cls_pt_layers:
             s = self.run(block, s, shared, only if block is self.cls_pt_layers[-1] else None)
-        return last if only is None or not whole else select(last, only), s
+        return last if wanted is only else select(last, only), s
 
     def forward(self, x, mask, hidden=None):
         """Normalised images (B, 3, H, W), mask (B, N) bool -> logits, logits_cls (M, K), for hidden patches only.
@@ -349,7 +348,7 @@ def train(args, process):
                     z = tokenizer.encode(tokenizer_images)                           # (B, N)
                     # 3. Name the hidden patches: from the last layer, Eq. (3), and through the [CLS] head, Eq. (4).
                     logits, logits_cls = ddp(imagenet_normalize(images), mask, hidden)       # (M, K) each
-                    z = select(z, hidden).flatten(0, 1)                                # (M,)
+                    z = select(z, hidden).flatten(0, 1)                              # (M,)
                     loss, (loss_mim, loss_cls) = mim_loss(logits, logits_cls, z)
                 (loss / accumulation).backward()
             watch.note(loss, step)

@@ -10,8 +10,7 @@ import bench
 import vqkd
 from conftest import ROOT, stage
 from engine import UserError
-from model import Attention, ViT
-from model import select
+from model import Attention, ViT, select
 from pretrain import BEiT, hidden_patches, mim_loss
 
 ARGS = SimpleNamespace(batch_size=2, compile=False, checkpoint_activations=False)

@@ -483,7 +483,7 @@ def test_every_kind_of_image_becomes_eight_bit_rgb(tmp_path):
 
     def pixel(name, y, x):
         image = data.read_image(tmp_path / name)
-        assert image.dtype == torch.uint8 and image.shape[0] == 3
+        assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.permute(1, 2, 0).is_contiguous()
         return image[:, y, x].tolist()
 
     assert pixel("sixteen.png", 7, 0) == [223] * 3           # 57344 of 65535 is 223.1 of 255
