@@ -118,13 +118,13 @@ def test_a_killed_run_started_again_ends_with_the_same_bits_and_the_same_log(run
 WITNESS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import torch, vqkd
+import engine, torch, vqkd
 evaluate = vqkd.evaluate
 def keep_codebook(model, *rest):
     torch.save(model.quantize.state_dict(), f"{sys.argv[2]}.{os.environ['RANK']}")
     return evaluate(model, *rest)
 vqkd.evaluate = keep_codebook
-vqkd.main(sys.argv[3:])
+engine.run(lambda: vqkd.main(sys.argv[3:]))
 """
 
 

@@ -627,12 +627,13 @@ BUILD = """
 import sys
 sys.path[:0] = [sys.argv[1]]
 import data, engine, teachers
-process = engine.init_distributed("cpu")
-teacher = teachers.build_teacher("hog+pixel", (3, 3), 8, "cpu")
-dataset = data.Shapes("train", data.eval_transform(24), limit=11)
-cached = teachers.cache_features(teacher, dataset, sys.argv[2], process, flip=True, batch_size=2)
-open(f"{sys.argv[2]}.{process.rank}", "wb").write(cached.features.tobytes())
-engine.dist.destroy_process_group()
+def build():
+    process = engine.init_distributed("cpu")
+    teacher = teachers.build_teacher("hog+pixel", (3, 3), 8, "cpu")
+    dataset = data.Shapes("train", data.eval_transform(24), limit=11)
+    cached = teachers.cache_features(teacher, dataset, sys.argv[2], process, flip=True, batch_size=2)
+    open(f"{sys.argv[2]}.{process.rank}", "wb").write(cached.features.tobytes())
+engine.run(build)
 """
 
 
