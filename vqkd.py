@@ -61,17 +61,19 @@ def nearest_code(h, codebook, chunk=None):
         h, v = l2(h.float()), l2(codebook.float())
         # Eq. (1):  z_i = argmin_j || l2(h_i) - l2(v_j) ||
         # On the unit sphere ||a - b||^2 = 2 - 2 a.b, so the nearest code is the one with the largest cosine.
-        z = [largest(part @ v.T) for part in h.flatten(0, -2).split(chunk)]
+        parts = h.flatten(0, -2).split(chunk)
+        room = h.new_empty(len(v) * len(parts[0]))           # (K, chunk) cosines; the next chunk overwrites them
+        z = [largest(torch.mm(v, part.T, out=room[:len(v) * len(part)].view(len(v), len(part)))) for part in parts]
     return torch.cat(z).view(h.shape[:-1])
 
 
 def largest(s):
-    """s.argmax(dim=-1) of s (n, K), but up to eight times faster on a CPU: which group of codes holds the largest,
-    then which code of that group. The largest itself is found many at a time, its place only one by one."""
-    group = math.gcd(s.shape[1], 64)
-    s = s.view(len(s), -1, group)                            # (n, K / group, group)
-    best = s.amax(dim=-1).argmax(dim=-1)                     # (n,)
-    return best * group + s[torch.arange(len(s), device=s.device), best].argmax(dim=-1)
+    """s.argmax(dim=0) of s (K, n), but several times faster on a CPU: which group of codes holds the largest, then
+    which code of that group. The largest itself is found many at a time, its place only one by one."""
+    group = math.gcd(s.shape[0], 64)
+    s = s.unflatten(0, (-1, group))                          # (K / group, group, n)
+    best = s.amax(dim=1).argmax(dim=0)                       # (n,)
+    return best * group + s[best, :, torch.arange(len(best), device=s.device)].argmax(dim=-1)
 
 
 def straight_through(h, v):

@@ -80,9 +80,9 @@ def test_the_plain_quantizer_equals_ours(codes):
 
 
 def test_of_equal_codes_the_first_is_chosen_as_argmax_does():
-    s = torch.randint(0, 3, (50, 256)).float()               # many ties
-    assert torch.equal(s[torch.arange(50), vqkd.largest(s)], s.amax(dim=1))
-    assert torch.equal(vqkd.largest(s), (s == s.amax(dim=1, keepdim=True)).int().argmax(dim=1))
+    s = torch.randint(0, 3, (256, 50)).float()               # many ties
+    assert torch.equal(s[vqkd.largest(s), torch.arange(50)], s.amax(dim=0))
+    assert torch.equal(vqkd.largest(s), (s == s.amax(dim=0, keepdim=True)).int().argmax(dim=0))
 
 
 def test_plain_lasts_as_long_as_its_block():
