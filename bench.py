@@ -21,19 +21,20 @@ import contextlib
 import json
 import logging
 import math
-import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -366,41 +367,39 @@ def compare(contestants, c, args, device):
         operations=contestants[name][3]) for name, rs in runs.items()}
 
 
-def peak_memory(stage, args, amp, is_plain):
-    """MiB that two steps need on top of weights and images: a child process each, so that each starts from nothing."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    child = context.Process(target=measure_peak, args=(stage, args, amp, is_plain, torch.get_num_threads(), queue))
-    child.start()
-    while child.is_alive() and queue.empty():
-        child.join(0.1)
-    if queue.empty():
-        raise UserError(f"the memory of {stage} could not be measured (exit code {child.exitcode}): too little memory? "
-                        f"lower --batch-size, or --no-memory")
-    answer = queue.get()
-    child.join()
-    return answer
+class Held(TorchDispatchMode):
+    """Inside, `peak` is the most bytes of tensors made there that existed at any one time; what a kernel needs for
+    itself, and what an allocator loses between tensors, is not seen."""
+
+    now = peak = 0
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(tree):
+            tensors = (t for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
+            return {s._cdata: s for s in map(torch.Tensor.untyped_storage, tensors)}
+        old = storages((args, kwargs))
+        result = function(*args, **(kwargs or {}))
+        for key, storage in storages(result).items():        # a view, or what an in-place operation returns, is not new
+            if key not in old:
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
 
 
-def measure_peak(stage, args, amp, is_plain, threads, queue):
-    torch.set_num_threads(threads)
-    device = engine.init_distributed(args.device).device
-    step = globals()[f"{stage}_step"](sizes(args.model), args, device)
-
-    def most():                                              # held at any one time so far
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device) / 2**20
-        status = Path("/proc/self/status")                   # Linux: kB, of this process alone; getrusage begins with
-        if status.exists():                                  # the peak of the parent
-            return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20                # macOS: bytes
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")        # Linux forgets the peak of building the network
-    before = most()
-    with plain(is_plain):
+def peak_memory(stage, args, amp, is_plain, device):
+    """MiB that two steps of a new network need on top of weights and images: activations, gradients, moments."""
+    step, cuda = globals()[f"{stage}_step"](sizes(args.model), args, device), device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with plain(is_plain), contextlib.nullcontext() if cuda else Held() as held:
         for _ in range(2):
             step(amp, lambda part: None)
-    queue.put(most() - before)
+    return (torch.cuda.max_memory_allocated(device) - before if cuda else held.peak) / 2**20
 
 
 def bench_step(stage, args, device, tell):
@@ -425,7 +424,7 @@ def bench_step(stage, args, device, tell):
     for name, r in results.items():
         amp, mine = contestants[name][1], name.startswith(stage)
         if mine and not args.no_memory:
-            r["peak_mib"] = peak_memory(stage, args, amp, contestants[name][2])
+            r["peak_mib"] = peak_memory(stage, args, amp, contestants[name][2], device)
         parts = ", ".join(f"{k[2:]} {v:.3g}" for k, v in r.items() if k.startswith("t_"))
         print(f"{name:18} {r['images_per_s']:9.2f} {r['share']:6.1%} {r['limit'] / 1e9:6.0f} G/s "
               f"{r.get('peak_mib', math.nan):9.0f}  {parts}", flush=True)
@@ -585,11 +584,11 @@ def parse_args(argv=None):
                    help="cpu: time of this process only, for a machine that others use, too (take --threads 1)")
     p.add_argument("--repeats", type=int, default=3, help="steps of which the median counts; default 3")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    p.add_argument("--checkpoint-activations", action="store_true", help="pre-training: keep block inputs only")
+    p.add_argument("--checkpoint-activations", action="store_true", help="pre-training: hold less memory")
     p.add_argument("--plain", action="store_true", help="show the plain version beside ours: the default")
     p.add_argument("--no-plain", action="store_true", help="leave the plain version out")
     p.add_argument("--no-timm", action="store_true", help="leave timm's networks out")
-    p.add_argument("--no-memory", action="store_true", help="do not measure peak memory, which takes a process each")
+    p.add_argument("--no-memory", action="store_true", help="do not measure peak memory, which takes two more steps")
     p.add_argument("--out", type=Path, help="append JSON lines to this file")
     g = p.add_argument_group("plan")
     g.add_argument("--plan", action="store_true", help="print GPU-hours of the paper's schedules and stop")

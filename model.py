@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -192,6 +192,11 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)       # (B, C, H, W) -> (B, N, D), row by row
 
 
+def keep_products():
+    """What --checkpoint-activations keeps of a block besides its input: the outputs of its linear layers."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+
+
 class ViT(nn.Module):
     """Vision Transformer with the read-outs that BEiT v2 needs.
 
@@ -215,7 +220,7 @@ class ViT(nn.Module):
         self.grid = (height // patch_size, breadth // patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.layer_scale, self.positions, self.pool, self.num_classes = layer_scale, positions, pool, num_classes
-        self.checkpoint_activations = False                  # True: less memory, a third more work
+        self.checkpoint_activations = False                  # True: less memory, a little more work
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, width)) if positions == "absolute" else None
@@ -255,9 +260,11 @@ class ViT(nn.Module):
         return None if self.rel_pos_bias is None else self.rel_pos_bias(self.relative_position_index)
 
     def run(self, block, x, shared, only=None):
-        """One block. Checkpointed, it keeps only its input for the backward pass and then computes the rest again."""
+        """One block. Checkpointed, it keeps its input and what its linear layers gave for the backward pass, and then
+        computes the rest again: norms, attention, GELU."""
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, x, self.relative_position_index, shared, only, use_reentrant=False)
+            return checkpoint(block, x, self.relative_position_index, shared, only, use_reentrant=False,
+                              context_fn=keep_products)
         return block(x, self.relative_position_index, shared, only)
 
     def features(self, x, blocks=None, mask=None, shared=None, only=None):

@@ -183,7 +183,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engine.add_run_args(p)
     p.add_argument("--checkpoint-activations", action="store_true",
-                   help="keep only the blocks' inputs for the backward pass and compute the rest again: less memory")
+                   help="keep for the backward pass what linear layers gave, compute the rest again: less memory")
     p.add_argument("--tokenizer", type=Path,
                    help="VQ-KD file, ours or released; default OUT/vqkd.pt (large: runs/base/vqkd.pt)")
     g = p.add_argument_group("patch aggregation")

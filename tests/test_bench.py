@@ -119,6 +119,25 @@ def test_checkpointed_activations_change_no_gradient():
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+def test_checkpointed_activations_repeat_attention_but_no_linear_layer():
+    model, x = ViT(32, 8, 32, 3, 4, positions="shared"), torch.randn(4, 3, 32, 32)
+    counts, T = [], 1 + 16
+    for model.checkpoint_activations in (False, True):
+        counts.append(bench.counted(lambda: model(x).square().sum().backward()))
+    assert counts[1] - counts[0] == 4 * 3 * 4 * T**2 * 32    # 4 images, 3 blocks: q k^T and weights v, 2 T^2 D each
+
+
+def test_memory_held_is_that_of_the_tensors_that_exist_at_one_time():
+    x = torch.ones(1000)                                     # made outside
+    with bench.Held() as held:
+        y = x + 1                                            # 4000 bytes
+        z = y[:500] * 2                                      # a view is none, 2000 more
+        y.add_(1)
+        del y, z
+        z = x.double()                                       # 8000
+    assert held.peak == 8000 and held.now == 8000
+
+
 def test_the_plan_on_an_example_worked_by_hand():
     # 36 G operations an image; 10 GPUs at half of 72 T a second do 360 T = 10,000 images a second.
     # 36 million images take 3600 s: one hour on 10 GPUs, ten GPU-hours.
