@@ -245,7 +245,7 @@ def views_to_device(views, device):
     return data.to_float(views[0], device), data.to_float(views[1], device)
 
 
-def commonest_codes(tokenizer, dataset, args, process, most=4096):
+def commonest_codes(tokenizer, dataset, args, process, most=1024):
     """The commonest code of every grid position over `most` training images, evenly spread: (N,)."""
     counts = torch.zeros(tokenizer.encoder.num_patches, len(tokenizer.quantize.cluster_size), device=process.device)
     n, most = len(dataset), min(most, len(dataset))
