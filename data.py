@@ -504,7 +504,8 @@ def open_images(path, transform=None):
 # -------------------------------------------------------------------------------------------------------- transforms
 class RandomCrop:
     """A window of random area (`scale` of the image) and aspect (3/4 to 4/3; ten tries, then the central crop), resized
-    (bicubic) once to each of `sizes`; then flipped with probability `flip`. One tensor for one size, else a tuple."""
+    (bicubic) once to each of `sizes`; then flipped with probability `flip`. One tensor for one size, else a tuple.
+    Of a square image a scale of 1 leaves nothing to draw: ten tries miss the aspect, then it is taken whole."""
 
     def __init__(self, sizes, scale, flip):
         from torchvision.transforms import v2
@@ -512,7 +513,9 @@ class RandomCrop:
 
     def __call__(self, image):
         from torchvision.transforms.v2 import functional as VF
-        window = self.window.make_params([image])            # top, left, height, width
+        whole = self.window.scale[0] == 1 and image.shape[-2] == image.shape[-1]
+        window = dict(top=0, left=0, height=image.shape[-2], width=image.shape[-1]) if whole else (
+            self.window.make_params([image]))
         views = [VF.resized_crop(image, **window, size=[size, size], **BICUBIC) for size in self.sizes]
         if torch.rand(()) < self.flip:
             views = [view.flip(-1) for view in views]

@@ -38,9 +38,9 @@ PAPER = dict(            # REFERENCE.md section 2; the paper has this one tokeni
     crop_scale=0.08, continuous_steps=0, restart_dead_codes=0)
 RECIPES = {              # tiny, small: ours
     # tiny: codes that start on an encoder which knows nothing hold it back (results/README.md: cold start). So an
-    # epoch goes without quantizer, then come the k-means start, a faster moving average, new places for dead codes.
+    # epoch begins without quantizer, then come the k-means start, a faster moving average, new places for dead codes.
     "tiny": dict(PAPER, teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, decay=0.97, lr=4e-3,
-                 batch_size=32, micro_batch=32, epochs=3, warmup_epochs=1, crop_scale=0.6, continuous_steps=375,
+                 batch_size=32, micro_batch=32, epochs=2, warmup_epochs=0.5, crop_scale=0.6, continuous_steps=250,
                  restart_dead_codes=20),
     "small": dict(PAPER, codes=2048, decoder_depth=1, micro_batch=128),
     "base": PAPER,
