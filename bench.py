@@ -410,7 +410,7 @@ def bench_step(stage, args, device, tell):
         ops_torch = counted(lambda: step("no", lambda part: None)) / args.batch_size
     ops = ops_torch if stage == "segment" else sum(operations(stage, c).values())
     contestants = {f"{stage} {amp}": (step, amp, False, ops) for amp in amps}
-    if not args.no_plain:
+    if not args.no_plain and not args.compile:               # compiled code stays what it is when functions are swapped
         contestants[f"{stage} plain"] = (step, "no", True, ops)
     if stage == "pretrain" and not args.no_timm:
         for kind in ("BEiT", "ViT"):
@@ -585,7 +585,7 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=int, default=3, help="steps of which the median counts; default 3")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--checkpoint-activations", action="store_true", help="pre-training: hold less memory")
-    p.add_argument("--plain", action="store_true", help="show the plain version beside ours: the default")
+    p.add_argument("--plain", action="store_true", help="plain version beside ours: the default, not with --compile")
     p.add_argument("--no-plain", action="store_true", help="leave the plain version out")
     p.add_argument("--no-timm", action="store_true", help="leave timm's networks out")
     p.add_argument("--no-memory", action="store_true", help="do not measure peak memory, which takes two more steps")
@@ -598,8 +598,9 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.model not in PRESETS:
         raise UserError(f"--model {args.model} is not a preset; choose from {', '.join(PRESETS)}")
-    if args.plain and args.no_plain:
-        raise UserError("--plain and --no-plain contradict each other: leave one of them out")
+    if args.plain and (args.no_plain or args.compile):
+        other = "--no-plain" if args.no_plain else "--compile"
+        raise UserError(f"--plain and {other} contradict each other: leave one of them out")
     if args.stage == "vqkd" and args.model == "large":
         raise UserError("--stage vqkd --model large: the paper has one tokenizer, of size base; give --model base")
     engine.check_ranges(args, [
