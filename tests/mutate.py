@@ -77,7 +77,7 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
     ],
     "vqkd.py": [
         ("look-up without l2 of the codes", "l2(h.float()), l2(codebook.float())", "l2(h.float()), codebook.float()"),
-        ("look-up in bfloat16", "torch.autocast(h.device.type, enabled=False)", "torch.no_grad()"),
+        ("look-up in bfloat16", "h, v = l2(h.float())", "h, v = l2(h.bfloat16().float())"),
         ("straight-through without a way back", "return h + (v - h).detach()", "return v"),
         ("straight-through without sg", "return h + (v - h).detach()", "return h + (v - h)"),
         ("cosine with the wrong sign", "return 1 - cosine + beta", "return 1 + cosine + beta"),
