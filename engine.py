@@ -62,7 +62,8 @@ def run(main):
             dist.destroy_process_group()
             ended = sys.exc_info()[1]
             if ended is None or isinstance(ended, SystemExit):
-                # The interpreter's own end now and then meets a thread of gloo and aborts a process whose work is done.
+                # Not the interpreter's own end: a thread of gloo that then drops its last tensor asks for the
+                # interpreter's lock in a destructor, which aborts the process after all its work (torch 2.14).
                 os._exit((ended.code or 0) if ended else 0)
 
 
