@@ -37,8 +37,8 @@ PAPER = dict(            # REFERENCE.md section 2; the paper has this one tokeni
     min_lr=1e-5, beta2=0.99, weight_decay=1e-4, batch_size=512, micro_batch=64, epochs=100, warmup_epochs=10,
     crop_scale=0.08, continuous_steps=0, restart_dead_codes=0)
 RECIPES = {              # tiny, small: ours
-    # tiny: codes that start on an encoder which knows nothing hold it back (results/README.md: cold start). So an
-    # epoch begins without quantizer, then come the k-means start, a faster moving average, new places for dead codes.
+    # tiny: codes that start on an encoder which knows nothing hold it back (results/README.md: cold start). So training
+    # begins without quantizer, then come the k-means start, a faster moving average, new places for dead codes.
     "tiny": dict(PAPER, teacher="hog", codes=64, code_dim=16, encoder_depth=4, decoder_depth=1, decay=0.97, lr=4e-3,
                  batch_size=32, micro_batch=32, epochs=2, warmup_epochs=0.5, crop_scale=0.6, continuous_steps=250,
                  restart_dead_codes=20),
@@ -125,10 +125,10 @@ def ema_update(codebook, sums, counts, decay):
 
 
 def kmeans(x, centres, iterations=10):
-    """Spherical k-means: assign each row of x (n, D) to the centre (K, D) of largest dot product, take l2 of the mean.
+    """Spherical k-means: assign each row of x (n, D) to its nearest centre (K, D) on the sphere, take l2 of the mean.
     -> centres, counts of the last assignment. An empty centre stays."""
     for _ in range(iterations):
-        z = torch.cat([(part @ centres.T).argmax(dim=-1) for part in x.split(16384)])
+        z = nearest_code(x, centres)
         sums, counts = code_sums(x, z, len(centres))
         centres = torch.where((counts > 0)[:, None], l2(sums), centres)
     return centres, counts

@@ -161,6 +161,22 @@ def test_crops_have_the_area_and_aspect_asked_for():
     assert out.shape == (3, 48, 48) and out.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("height, width, scale, whole", [
+    (48, 48, (1.0, 1.0), True),          # what torchvision's ten tries end at, too, as no aspect drawn is 1 exactly
+    (48, 48, (0.6, 1.0), False), (48, 72, (1.0, 1.0), False), (72, 48, (1.0, 1.0), False)])
+def test_only_of_a_square_image_a_crop_of_scale_one_is_all(height, width, scale, whole):
+    image, crop = photo(height, width), data.RandomCrop([48], scale, flip=0.0)
+    windows = []
+    for seed in range(20):
+        engine.seed_all(seed)
+        windows.append(crop.window.make_params([image]))
+        engine.seed_all(seed)
+        expected = VF.resized_crop(image, **windows[-1], size=[48, 48], **data.BICUBIC)
+        assert torch.equal(crop(image), expected)
+    sizes = {(w["height"], w["width"]) for w in windows}
+    assert (sizes == {(height, width)}) == whole
+
+
 def test_half_the_images_are_flipped_and_none_where_flip_is_off():
     rising = photo(48, 48)                                   # red rises to the right, unless flipped
     for flip, low, high in ((0.5, 0.4, 0.6), (0.0, 0, 0)):
