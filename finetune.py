@@ -31,10 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-import data
-import engine
-import weights
-from engine import UserError
+from support import data, engine, files, weights
+from support.engine import UserError
 from model import PRESETS, ViT, count_parameters, imagenet_normalize, initialise
 
 COMMON = dict(           # REFERENCE.md section 4; the rate is NOT scaled by the batch size
@@ -496,7 +494,7 @@ def main(argv=None):
         classes = 10 if args.model == "tiny" else 21_841 if args.intermediate else 1000
         with torch.device("meta"):                           # shapes without numbers
             model = ViT(**preset, pool=args.pool, num_classes=classes)
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
+        print("\n".join(f"{k:18} {v}" for k, v in sorted(files.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters with {model.num_classes} classes; {model.num_patches} "
               f"patches; {args.batch_size} images per update")
         return None

@@ -26,9 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import data
-import engine
-import weights
+from support import data, engine, files, weights
 from model import PRESETS, ViT, imagenet_normalize, initialise, rescale_residual_branches
 
 RATES = (1e-3, 4e-3, 1.6e-2)     # AdamW, around the 4e-3 of BEiT v1's probe
@@ -351,7 +349,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         width, layers = PRESETS[args.model]["width"], min(args.blocks, PRESETS[args.model]["depth"]) + 1
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
+        print("\n".join(f"{k:18} {v}" for k, v in sorted(files.plain_args(args).items())))
         heads, features = layers * len(READOUTS) * len(NORMS) * len(args.rates), layers * 2 * width
         print(f"{heads} heads: {layers} layers, {len(READOUTS)} read-outs, {len(NORMS)} norms, {len(args.rates)} rates")
         print(f"{features} features per image: for ImageNet {features * 2 * 1281167 / 2**30:.0f} GiB in float16")

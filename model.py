@@ -244,6 +244,13 @@ class ViT(nn.Module):
             if position_std and name.endswith("relative_position_bias_table"):
                 nn.init.normal_(table, std=position_std)     # ours, for tiny: each head with its own neighbours
 
+    def arch(self):
+        """The sizes that a file of weights states beside them."""
+        height, breadth = self.image_size
+        return dict(image_size=height if height == breadth else (height, breadth), patch_size=self.patch_size,
+                    width=self.width, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio,
+                    positions=self.positions, layer_scale=self.layer_scale, pool=self.pool)
+
     def embed(self, x, mask=None):
         """Image (B, C, H, W) to tokens (B, T, D). mask (B, N) bool: patches replaced by mask_token (pre-training)."""
         if tuple(x.shape[-2:]) != self.image_size:

@@ -31,11 +31,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 
-import data
-import engine
-import weights
-from data import IGNORE
-from engine import UserError
+from support import data, engine, files, weights
+from support.data import IGNORE
+from support.engine import UserError
 from model import PRESETS, ViT, count_parameters, imagenet_normalize
 
 COMMON = dict(           # REFERENCE.md section 6; the rate is NOT scaled by the batch size
@@ -563,7 +561,7 @@ def main(argv=None):
             vit = ViT(**PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size))
             model = UPerNet(vit, classes, args.channels)
             sizes = [tuple(x.shape[-2:]) for x in model.maps(torch.zeros(2, 3, args.image_size, args.image_size))]
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(weights.plain_args(args).items())))
+        print("\n".join(f"{k:18} {v}" for k, v in sorted(files.plain_args(args).items())))
         print(f"{count_parameters(model):,} trainable parameters with {classes} classes, both heads counted; taps "
               f"{model.taps}; maps {sizes}; {args.batch_size} images per update")
         return None

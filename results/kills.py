@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import engine  # noqa: E402
+from support import engine  # noqa: E402
 
 FEW = "--device cpu --limit 64 --batch-size 16 --steps 14 --save-every 2 --log-every 1 --seed 3".split()
 VQKD = ["vqkd.py", "--codes", "16", "--continuous-steps", "3", "--restart-dead-codes", "4"]

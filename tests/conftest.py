@@ -32,11 +32,13 @@ def golden():
 
 
 def stage(script, *flags, processes=1, check=True, cwd=None):
-    """Run `python SCRIPT FLAGS` (or torchrun) as a user would -> CompletedProcess."""
+    """Run `python SCRIPT FLAGS` (or torchrun) as a user would -> CompletedProcess. "extras.bench": python -m"""
     launch = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(launch + [str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=600,
-                          cwd=cwd, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    module = isinstance(script, str) and script.partition(".")[0] in ("extras", "results")
+    program = ["-m", script] if module else [str(ROOT / script)]
+    done = subprocess.run(launch + program + [*map(str, flags)], capture_output=True, text=True, timeout=600, cwd=cwd,
+                          env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-import ablate
-import data
+from results import ablate
+from support import data
 import pretrain
 import vqkd
 from conftest import log_lines, stage
@@ -121,9 +121,9 @@ def test_the_table_holds_the_mean_of_what_the_logs_hold(tmp_path, monkeypatch):
 def test_rows_run_share_their_tokenizer_and_are_not_run_twice(tmp_path):
     flags = ["--rows", "base", "no aggregation", "regress pixels", "--seeds", 0, "--results", tmp_path / "a.md",
              "--steps", 104, "--limit", 64, "--batch-size", 2, "--workers", 0]
-    first = stage("ablate.py", *flags, cwd=tmp_path)
+    first = stage("results.ablate", *flags, cwd=tmp_path)
     assert first.stdout.count("VQ-KD:") == 1 and first.stdout.count("MIM:") == 3
-    again = stage("ablate.py", *flags, cwd=tmp_path)
+    again = stage("results.ablate", *flags, cwd=tmp_path)
     assert "VQ-KD:" not in again.stdout and "MIM:" not in again.stdout and "already done" in again.stdout
     rows = {x["row"]: x for x in log_lines(tmp_path / "a.jsonl")}
     assert rows["base"]["perplexity"] == rows["no aggregation"]["perplexity"] > 1
@@ -132,10 +132,10 @@ def test_rows_run_share_their_tokenizer_and_are_not_run_twice(tmp_path):
 
 
 def test_an_unknown_row_is_named(tmp_path):
-    done = stage("ablate.py", "--rows", "deeper", cwd=tmp_path, check=False)
+    done = stage("results.ablate", "--rows", "deeper", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "deeper" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
-    assert "no aggregation" in stage("ablate.py", "--list", cwd=tmp_path).stdout
+    assert "no aggregation" in stage("results.ablate", "--list", cwd=tmp_path).stdout
 
 
 def test_shapes_are_drawn_once_for_all_rows():

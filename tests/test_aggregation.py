@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import bench
-import engine
+from extras import bench
+from support import engine
+from support.run import contents
 import vqkd
 from conftest import log_lines
 from model import PRESETS, ViT, count_parameters, imagenet_normalize
@@ -161,7 +162,7 @@ def run(tmp_path):
     args = vqkd.parse_args([*flags, "--codes", "16", "--encoder-depth", "1"])
     tokenizer = vqkd.build(args, (144,))
     tokenizer.quantize.embedding.weight.copy_(vqkd.l2(torch.randn(16, 16)))
-    engine.write_file(tmp_path / "vqkd.pt", vqkd.contents(tokenizer, args))
+    engine.write_file(tmp_path / "vqkd.pt", contents("vqkd", tokenizer, args))
 
     def train(name, *more):
         main([*flags, "--tokenizer", str(tmp_path / "vqkd.pt"), "--out", str(tmp_path / name), *more])

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import bench
+from extras import bench
 import vqkd
 from conftest import ROOT, stage
-from engine import UserError
+from support.engine import UserError
 from model import Attention, ViT, select
 from pretrain import BEiT, hidden_patches, mim_loss
 
@@ -77,12 +77,6 @@ def test_the_plain_quantizer_equals_ours(codes):
     assert torch.equal(z, bench.plain_nearest_code(h, book)) and torch.equal(z, (h @ vqkd.l2(book).T).argmax(dim=-1))
     for ours, plain in zip(vqkd.code_sums(h, z, codes), bench.plain_code_sums(h, z, codes)):
         torch.testing.assert_close(ours, plain)
-
-
-def test_of_equal_codes_the_first_is_chosen_as_argmax_does():
-    s = torch.randint(0, 3, (256, 50)).float()               # many ties
-    assert torch.equal(s[vqkd.largest(s), torch.arange(50)], s.amax(dim=0))
-    assert torch.equal(vqkd.largest(s), (s == s.amax(dim=0, keepdim=True)).int().argmax(dim=0))
 
 
 def test_plain_lasts_as_long_as_its_block():
@@ -164,7 +158,7 @@ def test_impossible_requests_are_sentences(flags, words):
 
 @pytest.mark.slow
 def test_the_script_measures_tiny(tmp_path):
-    done = stage(ROOT / "bench.py", "--model", "tiny", "--batch-size", 2, "--repeats", 1, "--out", tmp_path / "b.jsonl")
+    done = stage("extras.bench", "--model", "tiny", "--batch-size", 2, "--repeats", 1, "--out", tmp_path / "b.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["pretrain no", "pretrain bf16", "pretrain plain", "timm BEiT no",
                                              "timm BEiT bf16", "timm ViT no", "timm ViT bf16"]

@@ -4,9 +4,8 @@ import math
 import pytest
 import torch
 
-import data
-import engine
-import teachers
+from support import codebook, data, engine, teachers
+from support.run import contents
 import vqkd
 from conftest import log_lines, stage
 
@@ -29,7 +28,7 @@ def watch(perplexities, codes=64):
     warned, best, falling = [], 0.0, False
     for step, p in enumerate(perplexities):
         best = max(best, p)
-        now = vqkd.collapsing(p, best, codes, falling)
+        now = codebook.collapsing(p, best, codes, falling)
         warned += [step] if now and not falling else []
         falling = now
     return warned
@@ -52,11 +51,10 @@ def test_a_second_collapse_after_a_recovery_is_a_second_warning():
 
 
 def test_a_small_batch_on_a_large_codebook_is_no_collapse():
-    args = vqkd.parse_args(["--codes", "8192"])
-    counts = torch.zeros(8192)
+    health, counts = vqkd.CodebookWatch(8192), torch.zeros(8192)
     counts[:150] = 1.0                                       # 150 vectors cannot show more than 150 codes
-    health = vqkd.watch_codebook(counts, dict(best=0.0, warned=False), 5, args, engine.Process(0, 1, None), None)
-    assert not health["warned"] and health["best"] == pytest.approx(150)
+    health.look(counts, engine.Process())
+    assert not health.warned and health.best == pytest.approx(150)
 
 
 NAIVE = "--continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --warmup-epochs 0 --lr 3e-3 --batch-size 64".split()
@@ -75,16 +73,16 @@ def test_naive_settings_are_warned_of_at_a_perplexity_over_a_tenth_of_the_codes(
 
 def test_a_resumed_run_is_not_warned_again_of_the_same_fall(tmp_path, monkeypatch):
     flags = [*NAIVE, "--steps", "9", "--limit", "320", "--workers", "0", "--save-every", "4", "--out", str(tmp_path)]
-    real = engine.save_resume
+    real = vqkd.Run.save
 
-    def save_and_die(*args):
-        real(*args)
+    def save_and_die(run):
+        real(run)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "save_resume", save_and_die)
+    monkeypatch.setattr(vqkd.Run, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         vqkd.main(flags)
-    monkeypatch.setattr(engine, "save_resume", real)
+    monkeypatch.setattr(vqkd.Run, "save", real)
     vqkd.main(flags)
     warned = [x["step"] for x in log_lines(tmp_path / "vqkd.jsonl") if "warning" in x]
     assert len(warned) == 1 and warned[0] < 4
@@ -140,7 +138,7 @@ def test_init_with_another_number_of_codes_resizes_the_codebook(tmp_path):
     model = vqkd.build(first, (144,))
     model.quantize.embedding.weight.copy_(vqkd.l2(torch.randn(16, 16)))
     model.quantize.cluster_size.copy_(torch.arange(16.0))
-    engine.write_file(tmp_path / "a" / "vqkd.pt", vqkd.contents(model, first))
+    engine.write_file(tmp_path / "a" / "vqkd.pt", contents("vqkd", model, first))
     for codes in (8, 24):
         vqkd.main([*common, "--codes", str(codes), "--steps", "1", "--init", str(tmp_path / "a" / "vqkd.pt"),
                    "--lr", "0", "--decay", "1", "--restart-dead-codes", "0", "--out", str(tmp_path / str(codes))])
@@ -214,11 +212,11 @@ def test_the_quantizer_joins_after_the_continuous_steps_and_beta_weighs_its_term
         assert x["loss"] == pytest.approx(1 - x["cosine"] + 3 * x["commit"], abs=1e-5)
 
 
-def test_an_evaluation_does_not_depend_on_how_its_images_are_batched():
-    args = vqkd.parse_args([*QUICK, "--encoder-depth", "1"])
+def test_an_evaluation_does_not_depend_on_how_its_images_are_batched(tmp_path):
+    args = vqkd.parse_args([*QUICK, "--encoder-depth", "1", "--out", str(tmp_path)])
     model, dataset = vqkd.build(args, (144,)), data.open_data("shapes", "val", data.eval_transform(48), limit=10)
     model.quantize.embedding.weight.copy_(vqkd.l2(torch.randn(16, 16)))
-    alone, results = engine.Process(0, 1, torch.device("cpu")), []
+    results = []
     for args.micro_batch in (10, 4):                         # 4, 4 and 2 images
-        results.append(vqkd.evaluate(model, teachers.build_teacher("hog", (6, 6), 8, "cpu"), dataset, args, alone))
+        results.append(vqkd.evaluate(model, teachers.build_teacher("hog", (6, 6), 8, "cpu"), dataset, vqkd.Run("vqkd", args)))
     assert results[0] == pytest.approx(results[1], abs=1e-5)

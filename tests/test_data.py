@@ -9,8 +9,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as VF
 
-import data
-import engine
+from support import data, engine
 from model import IMAGENET_MEAN, IMAGENET_STD
 
 

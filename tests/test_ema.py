@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import engine
+from support import data, engine
 import vqkd
 from vqkd import Codebook, code_sums, codebook_usage, ema_update, kmeans, l2, nearest_code
 

@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-import data
-import engine
-import weights
+from support import data, engine, files, weights
 from conftest import ROOT
-from engine import UserError
+from support.engine import UserError
 from model import ViT
 
 ALONE = engine.Process(0, 1, torch.device("cpu"))
@@ -173,11 +171,11 @@ def test_fresh_moves_the_folder_of_a_tokenizer_but_only_the_files_of_a_later_sta
     def names(folder):
         return sorted(f.name for f in folder.iterdir())
     fill("vqkd.pt", "pretrain.pt", "pretrain.jsonl")
-    weights.set_aside("pretrain", out)
+    files.set_aside("pretrain", out)
     assert names(out) == ["vqkd.pt"] and names(tmp_path / "tiny.1") == ["pretrain.jsonl", "pretrain.pt"]
-    weights.set_aside("vqkd", out)
+    files.set_aside("vqkd", out)
     assert not out.exists() and names(tmp_path / "tiny.2") == ["vqkd.pt"]
-    weights.set_aside("vqkd", out)                            # nothing there: nothing happens
+    files.set_aside("vqkd", out)                            # nothing there: nothing happens
     assert not (tmp_path / "tiny.3").exists()
 
 
@@ -328,9 +326,11 @@ def loops(tmp_path_factory):
         return real[3](images, labels, classes, *how)
 
     with pytest.MonkeyPatch.context() as patch:
-        for place, name, new in ((engine, "adamw", adamw), (engine, "set_lr", set_lr), (ViT, "embed", embed),
-                                 (finetune, "mix", mix)):
-            patch.setattr(place, name, new)
+        for place in (engine, vqkd, pretrain):
+            patch.setattr(place, "adamw", adamw)
+            patch.setattr(place, "set_lr", set_lr)
+        patch.setattr(ViT, "embed", embed)
+        patch.setattr(finetune, "mix", mix)
         for stage, module in dict(vqkd=vqkd, pretrain=pretrain, finetune=finetune, segment=segment).items():
             told[stage] = dict(rates=[], batches=[])
             module.main([*FLAGS[stage].split(), *"--limit 16 --batch-size 8 --workers 0 --amp no --device cpu".split(),
@@ -385,7 +385,8 @@ def test_the_optimiser_is_adamw_with_eps_1e_8():
 
 
 def test_no_command_imports_what_it_may_not_need():
-    stages = "vqkd, pretrain, finetune, linprobe, segment, visualize, factors, ablate, weights"
+    stages = ("vqkd, pretrain, finetune, linprobe, segment, extras.visualize, extras.convert, results.factors, "
+              "results.ablate")
     slow = "torchvision open_clip timm scipy matplotlib torch._dynamo".split()           # as long as torch itself
     code = f"import sys, {stages}; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -395,7 +396,8 @@ def test_no_command_imports_what_it_may_not_need():
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_memory_that_a_step_frees_is_not_fetched_from_the_kernel_again():
     code = """
-import resource, torch, engine
+import resource, torch
+from support import engine
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(2**24)                                       # 64 MB, freed at once

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import factors
+from support import data
+from support.run import contents
+from results import factors
 
 
 
@@ -135,7 +136,7 @@ def test_codes_of_the_class_alone_keep_everything_but_the_class():
 
 # ------------------------------------------------------------------------------------------------------------- report
 def test_an_untrained_run_is_measured_once_and_reported(tmp_path, monkeypatch):
-    import engine
+    from support import engine
     import vqkd
     runs = []
     for teacher in ("hog", "pixel"):
@@ -143,7 +144,7 @@ def test_an_untrained_run_is_measured_once_and_reported(tmp_path, monkeypatch):
         args = vqkd.parse_args(["--teacher", teacher, "--encoder-depth", "1", "--out", str(tmp_path / teacher)])
         model = vqkd.build(args, (144 if teacher == "hog" else 192,))
         model.quantize.embedding.weight.normal_()
-        engine.write_file(tmp_path / teacher / "vqkd.pt", vqkd.contents(model, args))
+        engine.write_file(tmp_path / teacher / "vqkd.pt", contents("vqkd", model, args))
         runs.append(str(tmp_path / teacher))
     command = [*runs, "--out", str(tmp_path / "factors"), "--images", "120", "60", "40"]
     factors.main(command)

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from conftest import log_lines, stage
 from PIL import Image
 
-import data
-import engine
+from support import data, engine
 import finetune
-from engine import UserError
+from support.engine import UserError
 from finetune import RECIPES, choose_labels, hits, layer_of, mix, recipe_for, smooth_targets, soft_cross_entropy
 from model import PRESETS, ViT
 from pretrain import BEiT

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import engine
+from support import engine
 import pretrain
 import vqkd
 from model import ViT

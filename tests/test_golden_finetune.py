@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine
+from support import engine
 import finetune
-import weights
+from support import weights
 from model import ViT
 
 GOLDEN = os.environ.get("BEIT2_GOLDEN")

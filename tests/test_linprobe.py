@@ -4,8 +4,7 @@ import os
 import pytest
 import torch
 
-import data
-import engine
+from support import data, engine
 import linprobe
 from conftest import ROOT, log_lines, stage
 from linprobe import accuracy, gains, head_logits, hold_out, knn, readout, score_heads, summarise, train_heads
@@ -277,7 +276,8 @@ def test_the_script_probes_logs_and_says_when_it_is_done(tmp_path):
 EXTRACT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-import data, engine, linprobe
+import linprobe
+from support import data, engine
 process = engine.init_distributed("cpu")
 args = linprobe.parse_args(["--source", "random", "--workers", "0", "--micro-batch", "8", "--amp", "no"])
 items = [(0, i) for i in range(29)]                          # 29 images: the shares differ in size

@@ -11,16 +11,15 @@ from conftest import ROOT
 from hypothesis import assume, configuration, given, settings
 from hypothesis import strategies as st
 
-import data
-import engine
-from data import IGNORE
+from support import data, engine
+from support.data import IGNORE
 from finetune import choose_labels, hits, mix, restrict, smooth_targets, soft_cross_entropy
 from linprobe import accuracy, hold_out
 from model import position_table, relative_position_index
 from pretrain import nearest_visible_code, sample_block_mask
 from segment import confusion, poly_schedule, scores, slide, window_starts
 from vqkd import code_sums, codebook_usage, ema_update, kmeans, l2, nearest_code, resize_codebook
-from weights import resize_pos_embed, resize_relative_table
+from support.weights import resize_pos_embed, resize_relative_table
 
 configuration.set_hypothesis_home_dir(ROOT / ".pytest_cache" / "hypothesis")         # not a folder of its own
 SEED, SIDE = st.integers(0, 2**31), st.integers(1, 12)
@@ -110,7 +109,7 @@ def test_no_code_is_nearer_than_the_nearest_whatever_lengths_and_chunks(n, codes
     h, v = h + 0.1 * h.sign(), v + 0.1 * v.sign()            # not so short that the direction is lost
     distance = (l2(h.double())[:, None] - l2(v.double())).norm(dim=-1)                           # (n, K), as in Eq. (1)
     stretch = 0.01 + 100 * torch.rand(n + codes, 1, generator=g)
-    for z in (nearest_code(h, v), nearest_code(h, v, chunk), nearest_code(h * stretch[:n], v * stretch[n:])):
+    for z in (nearest_code(h, v), nearest_code(h * stretch[:n], v * stretch[n:])):
         assert z.shape == (n,) and z.min() >= 0
         torch.testing.assert_close(distance.gather(1, z[:, None])[:, 0], distance.amin(dim=1), atol=1e-5, rtol=0)
 

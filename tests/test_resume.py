@@ -8,9 +8,11 @@ import time
 import pytest
 import torch
 
-import engine
+from extras import convert
+from support import engine, files
+from support.run import contents
 import vqkd
-import weights
+from support import weights
 from conftest import ROOT, log_lines, stage
 
 FEW = "--device cpu --limit 64 --batch-size 16 --amp no --log-every 1 --codes 16 --continuous-steps 2".split()
@@ -150,13 +152,14 @@ def test_a_rank_that_dies_is_restarted_and_the_run_ends_as_if_nothing_had_happen
 FAILING = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import engine, vqkd
-real = vqkd.watch_codebook
-def fail(counts, health, step, *rest):
-    if step == 4 and os.environ["RANK"] == "1":
+import vqkd
+from support import engine
+real = vqkd.CodebookWatch.look
+def fail(self, counts, run):
+    if run.step == 4 and os.environ["RANK"] == "1":
         raise engine.UserError("this rank fails on purpose: put it right")
-    return real(counts, health, step, *rest)
-vqkd.watch_codebook = fail
+    return real(self, counts, run)
+vqkd.CodebookWatch.look = fail
 engine.run(lambda: vqkd.main(sys.argv[2:]))
 """
 
@@ -243,7 +246,7 @@ def test_a_folder_deleted_or_moved_while_running_ends_the_run_with_a_sentence_an
 
 # ------------------------------------------------------------------------------------------------------ strangers' files
 def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
-    weights.write_file(tmp_path / "a.pt", dict(kind="vqkd", model=dict(w=torch.arange(1000.0))))
+    files.write_file(tmp_path / "a.pt", dict(kind="vqkd", model=dict(w=torch.arange(1000.0))))
     assert len(engine.read_file(tmp_path / "a.pt")["checksum"]) == 64
     raw = bytearray((tmp_path / "a.pt").read_bytes())
     at = raw.index(torch.tensor(500.0).numpy().tobytes())
@@ -255,9 +258,9 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
 
 def test_the_checksum_says_where_what_and_how_large_and_not_only_the_bytes():
     w = torch.arange(6.0)
-    digests = {weights.checksum(x) for x in (
+    digests = {files.checksum(x) for x in (
         dict(a=w), dict(b=w), dict(a=w.view(2, 3)), dict(a=w.view(torch.int32)), dict(a=dict(a=w)), dict(a=w + 1e-7))}
-    assert len(digests) == 6 and weights.checksum(dict(a=w, n=1)) == weights.checksum(dict(a=w, n=2))
+    assert len(digests) == 6 and files.checksum(dict(a=w, n=1)) == files.checksum(dict(a=w, n=2))
 
 
 def bomb(path):
@@ -287,28 +290,28 @@ def test_a_file_that_would_fill_the_memory_is_refused(tmp_path, make, words):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
 def test_weights_of_a_wrong_kind_are_refused_by_name(tmp_path, dtype):
     args = vqkd.parse_args(["--codes", "16", "--out", str(tmp_path)])
-    contents = vqkd.contents(vqkd.build(args, [144]), args)
+    file = contents("vqkd", vqkd.build(args, [144]), args)
     key = "encoder.blocks.0.attn.qkv.weight"
-    contents["model"][key] = contents["model"][key].to(dtype)
-    weights.write_file(tmp_path / "vqkd.pt", contents)
-    for read in (vqkd.load_tokenizer, weights.examine, weights.load_backbone):
+    file["model"][key] = file["model"][key].to(dtype)
+    files.write_file(tmp_path / "vqkd.pt", file)
+    for read in (vqkd.load_tokenizer, convert.examine, weights.load_backbone):
         with pytest.raises(engine.UserError, match=f"{dtype} numbers in {key}"):
             read(tmp_path / "vqkd.pt")
 
 
 def test_check_verifies_the_checksum(tmp_path, capsys):
     args = vqkd.parse_args(["--codes", "16", "--out", str(tmp_path)])
-    weights.write_file(tmp_path / "vqkd.pt", vqkd.contents(vqkd.build(args, [144]), args))
-    weights.main(["--check", str(tmp_path / "vqkd.pt")])
+    files.write_file(tmp_path / "vqkd.pt", contents("vqkd", vqkd.build(args, [144]), args))
+    convert.main(["--check", str(tmp_path / "vqkd.pt")])
     assert "checksum     agrees with the tensors" in capsys.readouterr().out
     torch.save(torch.load(tmp_path / "vqkd.pt") | dict(checksum="0" * 64), tmp_path / "vqkd.pt")
     with pytest.raises(engine.UserError, match="damaged"):
-        weights.main(["--check", str(tmp_path / "vqkd.pt")])
+        convert.main(["--check", str(tmp_path / "vqkd.pt")])
 
 
 def test_a_file_of_another_stage_is_refused_before_anything_is_written(tmp_path):
     args = vqkd.parse_args(["--codes", "16", "--out", str(tmp_path)])
-    weights.write_file(tmp_path / "vqkd.pt", vqkd.contents(vqkd.build(args, [144]), args))
+    files.write_file(tmp_path / "vqkd.pt", contents("vqkd", vqkd.build(args, [144]), args))
     before = sorted(f.name for f in tmp_path.iterdir())
     (tmp_path / "pretrain.pt").write_bytes((tmp_path / "vqkd.pt").read_bytes())
     done = stage("pretrain.py", "--limit", 64, "--out", tmp_path, check=False)

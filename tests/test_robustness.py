@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from conftest import log_lines, stage
 from PIL import Image
 
-import data
-import engine
+from support import data, engine
 import finetune
-from engine import UserError
+from support.engine import UserError
 from finetune import columns_of, hits, read_classes, restrict
 from model import PRESETS, ViT
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-import data
-import engine
+from support import data, engine
 import vqkd
 from conftest import ROOT, log_lines, stage
 
@@ -118,7 +117,8 @@ def test_a_killed_run_started_again_ends_with_the_same_bits_and_the_same_log(run
 WITNESS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import engine, torch, vqkd
+import torch, vqkd
+from support import engine
 evaluate = vqkd.evaluate
 def keep_codebook(model, *rest):
     torch.save(model.quantize.state_dict(), f"{sys.argv[2]}.{os.environ['RANK']}")

@@ -11,11 +11,10 @@ from conftest import log_lines, stage
 from PIL import Image
 from torch import nn
 
-import data
-import engine
+from support import data, engine
 import segment
-from data import IGNORE, SegmentTransform, distort, fit_size, read_labels
-from engine import UserError
+from support.data import IGNORE, SegmentTransform, distort, fit_size, read_labels
+from support.engine import UserError
 from model import IMAGENET_MEAN, PRESETS, ViT, count_parameters, imagenet_normalize
 from pretrain import BEiT
 from segment import (UPerNet, confusion, layer_of, pixel_cross_entropy, poly_schedule, predict, recipe_for, scores,

@@ -13,11 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as VF
 
-import data
-import engine
-import teachers
+from support import data, engine, teachers
 from conftest import ROOT, stage
-from teachers import HogTeacher, PixelTeacher, build_teacher, cache_features, to_teacher
+from support.teachers import HogTeacher, PixelTeacher, build_teacher, cache_features, to_teacher
 
 
 def textured(b=2, h=48, w=48):
@@ -626,7 +624,7 @@ def test_a_worker_maps_the_file_itself_and_sees_the_same(tmp_path):
 BUILD = """
 import sys
 sys.path[:0] = [sys.argv[1]]
-import data, engine, teachers
+from support import data, engine, teachers
 def build():
     process = engine.init_distributed("cpu")
     teacher = teachers.build_teacher("hog+pixel", (3, 3), 8, "cpu")

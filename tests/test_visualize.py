@@ -8,14 +8,15 @@ import pytest
 import torch
 from conftest import stage
 
-import engine
+from support import engine
 import pretrain
-import visualize
+from extras import visualize
 import vqkd
-import weights
-from engine import UserError
+from support import weights
+from support.engine import UserError
+from support.run import contents
 from model import imagenet_normalize
-from visualize import Tokens
+from extras.visualize import Tokens
 
 
 # --- a run folder in no time: random networks, saved as the stages save them ------------------------------------------
@@ -34,7 +35,7 @@ def tiny_beit(head_depth=1, shared_head=True):
 
 def save_tokenizer(run):
     args = Namespace(model="tiny", data="shapes", image_size=24, patch_size=6, teacher="hog", seed=5)
-    engine.write_file(run / "vqkd.pt", vqkd.contents(tiny_tokenizer(), args))
+    engine.write_file(run / "vqkd.pt", contents("vqkd", tiny_tokenizer(), args))
     write(run / "vqkd.jsonl", dict(args={}), dict(step=0, cosine=0.1, perplexity=3.0), dict(step=1, cosine=0.2))
     return run
 
@@ -42,7 +43,7 @@ def save_tokenizer(run):
 def save_beit(run, **heads):
     args = Namespace(model="tiny", data="shapes", image_size=24, patch_size=6, seed=5, epochs=1, early_layer=2,
                      head_depth=heads.get("head_depth", 1), mask_patches=6, mask_min_block=1)
-    engine.write_file(run / "pretrain.pt", pretrain.contents(tiny_beit(**heads), args))
+    engine.write_file(run / "pretrain.pt", contents("pretrain", tiny_beit(**heads), args) | dict(aggregation=True))
     return run
 
 
@@ -254,14 +255,14 @@ def test_a_block_that_is_not_there_and_a_backbone_of_another_tokenizer_are_refus
         draw(run, "--only", "attention", "--block", 4)
     other = vqkd.VQKD(24, 6, 32, 1, 2, 1, 9, 4, (5,))
     args = Namespace(model="tiny", data="shapes", image_size=24, teacher="pixel", seed=0)
-    engine.write_file(run / "other.pt", vqkd.contents(other, args))
+    engine.write_file(run / "other.pt", contents("vqkd", other, args))
     with pytest.raises(UserError, match="do not belong together"):
         draw(run, "--tokenizer", run / "other.pt", "--only", "prediction")
 
 
 @pytest.mark.slow
 def test_a_missing_run_is_one_sentence_and_exit_code_2(tmp_path):
-    done = stage("visualize.py", tmp_path / "nothing", check=False)
+    done = stage("extras.visualize", tmp_path / "nothing", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: there is no run") and "Traceback" not in done.stderr
 
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-import engine
+from extras import convert as converter
+from support import engine
 import vqkd
-import weights
+from support import weights
 from conftest import stage
-from engine import UserError
+from support.engine import UserError
 from model import ViT, imagenet_normalize, relative_position_index
 from pretrain import BEiT
-from weights import geometric_offsets, load_backbone, resize_pos_embed, resize_relative_table
+from support.weights import geometric_offsets, load_backbone, resize_pos_embed, resize_relative_table
 
 SIZES = dict(image_size=32, patch_size=8, width=24, depth=2, heads=3)
 
@@ -136,7 +137,7 @@ def released_file(name, path):
 
 
 def convert(source, target, to, *flags):
-    weights.main([str(source), str(target), "--to", to, *map(str, flags)])
+    converter.main([str(source), str(target), "--to", to, *map(str, flags)])
     return engine.read_file(target) if target.suffix != ".safetensors" else weights.read(target)
 
 
@@ -385,7 +386,7 @@ def test_timm_loads_our_file_strictly_and_says_the_same_as_we_do(tmp_path, name,
     source, _ = released_file(name, tmp_path / "released.pth")
     out = tmp_path / f"timm{suffix}"
     state = convert(source, out, "timm")
-    theirs = timm.create_model("beitv2_base_patch16_224", **weights.timm_arguments(weights.examine(source).arch)).eval()
+    theirs = timm.create_model("beitv2_base_patch16_224", **converter.timm_arguments(converter.examine(source).arch)).eval()
     theirs.load_state_dict(state, strict=True)
     ours, *_ = load_backbone(source, pool=None, num_classes=None if "ft" in name else 0)
     with torch.no_grad():
@@ -405,7 +406,7 @@ def test_timm_is_told_of_absolute_positions_no_layer_scale_and_other_sizes(tmp_p
     model = ViT(**SIZES, positions="absolute", layer_scale=0.0, mlp_ratio=2.0, in_channels=1, num_classes=5)
     torch.save(dict(kind="finetune", model=randomise(model.state_dict()), arch=SIZES), tmp_path / "ours.pt")
     state = convert(tmp_path / "ours.pt", tmp_path / "timm.pth", "timm")
-    options = weights.timm_arguments(weights.examine(tmp_path / "ours.pt").arch)
+    options = converter.timm_arguments(converter.examine(tmp_path / "ours.pt").arch)
     timm.create_model("beitv2_base_patch16_224", **options).load_state_dict(state, strict=True)
 
 
@@ -449,7 +450,7 @@ def test_our_own_file_says_its_new_size_and_how_many_blocks_it_should_have(tmp_p
     ours["model"] = {k: v for k, v in ours["model"].items() if not k.startswith("blocks.1.")}
     torch.save(ours, tmp_path / "short.pt")
     with pytest.raises(UserError, match=r"lacks blocks.1.gamma_1, .* and \d+ more"):
-        weights.main(["--check", str(tmp_path / "short.pt")])
+        converter.main(["--check", str(tmp_path / "short.pt")])
 
 
 def test_half_precision_stays_half(tmp_path):
@@ -460,7 +461,7 @@ def test_half_precision_stays_half(tmp_path):
 @pytest.mark.parametrize("name", RELEASED)
 def test_check_says_what_a_file_is_and_which_commands_take_it(tmp_path, name, capsys):
     source, tensors = released_file(name, tmp_path / "released.pth")
-    weights.main(["--check", str(source)])
+    converter.main(["--check", str(source)])
     said = capsys.readouterr().out
     kind = RELEASED[name][0]
     command, size = dict(vqkd=("pretrain.py", "16 codes"), pretrain=("linprobe.py", "20 codes"), segment=(
@@ -506,7 +507,7 @@ def test_a_damaged_file_is_refused_by_the_name_that_is_wrong_and_nothing_is_writ
     torch.save(contents, source)
     for arguments in ([source, tmp_path / "new.pt", "--to", "ours"], ["--check", source]):
         with pytest.raises(UserError) as error:
-            weights.main([str(a) for a in arguments])
+            converter.main([str(a) for a in arguments])
         assert all(k in str(error.value) for k in named) and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["released.pth"]
 
@@ -517,7 +518,7 @@ def test_an_index_that_orders_its_offsets_in_another_way_is_refused(tmp_path):
     contents["model"]["rel_pos_bias.relative_position_index"] = relative_position_index(4, 4).T.contiguous()
     torch.save(contents, source)
     with pytest.raises(UserError, match="offsets in another way in rel_pos_bias.relative_position_index"):
-        weights.main(["--check", str(source)])
+        converter.main(["--check", str(source)])
 
 
 def test_nothing_is_overwritten_and_the_command_line_is_checked(tmp_path):
@@ -533,20 +534,20 @@ def test_nothing_is_overwritten_and_the_command_line_is_checked(tmp_path):
     with pytest.raises(UserError, match="safetensors file holds tensors alone"):
         convert(source, tmp_path / "new.safetensors", "released")
     with pytest.raises(UserError, match="give IN OUT --to"):
-        weights.main([str(source)])
+        converter.main([str(source)])
     with pytest.raises(UserError, match="no file"):
-        weights.main([str(tmp_path / "absent.pth"), str(tmp_path / "new.pt"), "--to", "ours"])
+        converter.main([str(tmp_path / "absent.pth"), str(tmp_path / "new.pt"), "--to", "ours"])
     (tmp_path / "text.safetensors").write_text("no tensors here")
     with pytest.raises(UserError, match="text.safetensors is truncated"):
-        weights.main(["--check", str(tmp_path / "text.safetensors")])
+        converter.main(["--check", str(tmp_path / "text.safetensors")])
     assert {f.name for f in tmp_path.iterdir()} == {"released.pth", "there.pt", "link.pt", "text.safetensors"}
 
 
 def test_from_the_shell_an_error_is_one_sentence_and_exit_code_2(tmp_path):
     source, _ = released_file("UPerNet", tmp_path / "released.pth")
-    done = stage("weights.py", source, tmp_path / "ours.pt", "--to", "ours")
+    done = stage("extras.convert", source, tmp_path / "ours.pt", "--to", "ours")
     assert "segment" in done.stdout and (tmp_path / "ours.pt").is_file()
-    done = stage("weights.py", source, tmp_path / "ours.pt", "--to", "ours", check=False)
+    done = stage("extras.convert", source, tmp_path / "ours.pt", "--to", "ours", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
@@ -645,5 +646,5 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(UserError, match="hostile.pt holds objects other than tensors"):
         load_backbone(tmp_path / "hostile.pt")
     with pytest.raises(UserError, match="hostile.pt holds objects other than tensors"):
-        weights.main([str(tmp_path / "hostile.pt"), str(tmp_path / "new.pt"), "--to", "ours"])
+        converter.main([str(tmp_path / "hostile.pt"), str(tmp_path / "new.pt"), "--to", "ours"])
     assert not (tmp_path / "new.pt").exists()

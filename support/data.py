@@ -11,8 +11,10 @@ Read in this order: Images, draw_shapes, Cifar, Folder, the four transforms, Seg
 """
 # Shapes used in this file:  n images in a data set, c images drawn in one pass, S side of a shapes image
 import contextlib
+import hashlib
 import math
 import os
+import random
 import signal
 import sys
 import warnings
@@ -25,9 +27,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-import engine
-from engine import UserError
 from model import IMAGENET_MEAN, IMAGENET_STD
+from support.files import UserError
 
 # torchvision takes longer to import than torch: what needs it imports it (VF, v2), so that --help answers at once.
 NEAREST, BILINEAR = 0, 2                     # interpolations have Pillow's numbers there
@@ -35,6 +36,18 @@ BICUBIC = dict(interpolation=3, antialias=True)      # as Pillow's, which the au
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # What such a file may hold, whatever its ending says. Pillow knows more, and some of that (EPS) runs other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+
+
+def seed_all(*numbers):
+    """Seed torch, random and numpy from any integers, say (seed, epoch, index): the draws that follow are a function of
+    these numbers alone, so that no generator state has to be saved."""
+    value = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+    # Not torch.manual_seed, which spends 100 us a call on a CUDA that is not in use: this runs once per image.
+    torch.default_generator.manual_seed(value % 2**63)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value % 2**63)
+    random.seed(value)
+    np.random.seed(value % 2**32)
 
 
 class Images(Dataset):
@@ -52,7 +65,7 @@ class Images(Dataset):
         if self.transform is not None:
             # torchvision draws from torch's generator, RandAugment from `random` and numpy: all three are seeded. With
             # workers=0 they are the training loop's own, which therefore seeds itself after fetching a batch.
-            engine.seed_all(self.seed, epoch, index)
+            seed_all(self.seed, epoch, index)
             image = self.transform(image)
         return image, -1 if self.labels is None else int(self.labels[index])
 
@@ -107,6 +120,13 @@ def open_data(name, split, transform=None, *, data_dir="datasets", download=Fals
 
 
 # -------------------------------------------------------------------------------------------------- built-in: shapes
+def open_split(args, split, transform, labelled=False):
+    """open_data with a stage's flags."""
+    download = args.download and split == "train"
+    return open_data(args.data, split, transform, data_dir=args.data_dir, download=download, limit=args.limit,
+                     seed=args.seed, labelled=labelled)
+
+
 def hashed(*numbers, draws):
     """Uniform numbers in [0, 1) that depend on `numbers` alone: a counter instead of a generator (splitmix64's mixing).
 
@@ -746,7 +766,7 @@ class Scenes(Images):
         epoch, index = key if isinstance(key, tuple) else (0, int(key))
         image, labels = self.pair(index)
         if self.transform is not None:
-            engine.seed_all(self.seed, epoch, index)
+            seed_all(self.seed, epoch, index)
             image, labels = self.transform(image, labels)
         return image, labels
 

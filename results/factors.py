@@ -23,9 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
-import engine
-import teachers
+from support import data, engine, teachers
 import vqkd
 
 # What the claim wants of the better code: -1 to ignore the factor, +1 to keep it.

@@ -37,16 +37,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import engine
+from support import data, engine, files
 import finetune
 import linprobe
 import model
 import pretrain
 import segment
 import vqkd
-import weights
-from engine import UserError
+from support import weights
+from support.engine import UserError
 from model import PRESETS, ViT, imagenet_normalize
 
 STEPS = ("pretrain", "vqkd", "finetune", "segment", "linprobe")
@@ -65,10 +64,15 @@ def block_operations(tokens, width):
     return 24 * T * D ** 2 + 4 * T ** 2 * D
 
 
+def preset(stage, model):
+    """The column of a stage's table."""
+    return {flag: row[stage.MODELS.index(model)] for flag, row in stage.RECIPE.items()}
+
+
 def sizes(name):
     """All numbers that the operation counts need, of preset `name`."""
     p, tokenizer = PRESETS[name], "base" if name == "large" else name        # the paper has one tokenizer for both
-    v, m = vqkd.RECIPES[tokenizer], pretrain.RECIPES[name]
+    v, m = preset(vqkd, tokenizer), preset(pretrain, name)
     N = (p["image_size"] // p["patch_size"]) ** 2
     return SimpleNamespace(
         preset=name, S=p["image_size"], p=p["patch_size"], N=N, T=1 + N, D=p["width"], L=p["depth"], heads=p["heads"],
@@ -239,7 +243,7 @@ def vqkd_step(c, args, device):
 def clip_size_teacher(c, device):
     """open_clip's ViT-B-16 with random weights, through the same lines that call the real one."""
     import open_clip
-    import teachers
+    from support import teachers
     logging.disable(logging.WARNING)         # that the weights are random
     tower = open_clip.create_model("ViT-B-16-quickgelu", pretrained=None, device="cpu").visual
     logging.disable(logging.NOTSET)
@@ -510,7 +514,7 @@ def bench_startup(args, device, tell):
         times = []
         for _ in range(args.repeats):
             begin = time.perf_counter()
-            subprocess.run([sys.executable, *command], cwd=weights.ROOT, check=True, capture_output=True)
+            subprocess.run([sys.executable, *command], cwd=files.ROOT, check=True, capture_output=True)
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
 
@@ -523,10 +527,10 @@ def bench_startup(args, device, tell):
     print("\nfirst training step of tiny, from the command on:", end=" ")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "vqkd.py", "--out", f"{folder}/pretrain", "--steps", "2", "--continuous-steps",
-                        "1", "--limit", "64"], cwd=weights.ROOT, check=True, capture_output=True)
+                        "1", "--limit", "64"], cwd=files.ROOT, check=True, capture_output=True)
         for stage in ("vqkd", "pretrain"):
             log, begin = Path(folder, stage, f"{stage}.jsonl"), time.perf_counter()
-            command = subprocess.Popen([sys.executable, f"{stage}.py", "--out", f"{folder}/{stage}"], cwd=weights.ROOT,
+            command = subprocess.Popen([sys.executable, f"{stage}.py", "--out", f"{folder}/{stage}"], cwd=files.ROOT,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             while not (done := log.exists() and '"step": 0' in log.read_text()) and command.poll() is None:
                 time.sleep(0.02)

@@ -23,9 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
-import engine
-import weights
+from support import data, engine, weights
 from model import imagenet_normalize
 from pretrain import BEiT, accuracy, sample_block_mask
 from vqkd import codebook_usage, l2, load_tokenizer

@@ -35,13 +35,20 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-import data
-import engine
 from model import attention_weights
+from support import data
+from support.files import UserError
 
 NAMES = "clip, dino, open_clip:NAME@TAG_OR_FILE, timm:NAME@FILE, hog, pixel, or several joined by + (clip+dino)"
 PAPER = {"clip": "open_clip:ViT-B-16-quickgelu@openai", "dino": "timm:vit_base_patch16_224.dino"}
+
+
+def widths(name, side, patch_size):
+    """C of each teacher, for --dry-run: known for the two of the paper, free of cost for ours."""
+    known = dict(clip=512, dino=768)
+    return [known.get(one) or build_one(one, (side, side), patch_size, "cpu").dim for one in split_names(name)]
 
 
 def build_teacher(name, grid, patch_size, device):
@@ -64,7 +71,7 @@ def split_names(name):
     parts = re.split(r"\+(?=(?:clip|dino|hog|pixel)(?:\+|$)|open_clip:|timm:)", name)
     twice = [part for i, part in enumerate(parts) if PAPER.get(part, part) in [PAPER.get(p, p) for p in parts[:i]]]
     if twice:
-        raise engine.UserError(f"--teacher {name} has {twice[0]} twice: name each teacher once")
+        raise UserError(f"--teacher {name} has {twice[0]} twice: name each teacher once")
     return parts
 
 
@@ -79,7 +86,7 @@ def build_one(name, grid, patch_size, device):
         return ClipTeacher(model, weights, grid, device)
     if kind == "timm" and model:
         return TimmTeacher(model, weights, grid, device)
-    raise engine.UserError(f"--teacher {name} is not known: choose from {NAMES}; a larger one than clip is "
+    raise UserError(f"--teacher {name} is not known: choose from {NAMES}; a larger one than clip is "
                            f"open_clip:ViT-L-14-quickgelu@openai")
 
 
@@ -198,17 +205,17 @@ class ClipTeacher:
         import open_clip
         full = f"open_clip:{name}@{weights}"
         if name not in open_clip.list_models():
-            raise engine.UserError(f"--teacher {full}: open_clip has no model {name}; see open_clip.list_models()")
+            raise UserError(f"--teacher {full}: open_clip has no model {name}; see open_clip.list_models()")
         tag = open_clip.get_pretrained_cfg(name, weights)
         if not tag and not Path(weights).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise engine.UserError(f"--teacher {full}: {weights} is no file and none of the tags of {name} ({tags})")
+            raise UserError(f"--teacher {full}: {weights} is no file and none of the tags of {name} ({tags})")
         refuse_wrong_activation(full, name, weights, tag, open_clip.get_model_config(name).get("quick_gelu", False))
         with loading(full):
             tower = open_clip.create_model(name, pretrained=weights, device="cpu").visual    # the text tower is let go
         plain = isinstance(tower, open_clip.transformer.VisionTransformer)
         if not plain or tower.attn_pool is not None or tower.final_ln_after_pool:
-            raise engine.UserError(f"--teacher {full}: the image tower is no plain ViT with a norm on all tokens; "
+            raise UserError(f"--teacher {full}: the image tower is no plain ViT with a norm on all tokens; "
                                    f"take a model like ViT-B-16 or ViT-L-14, or timm:NAME@FILE")
         self.mean, self.std = tower.image_mean, tower.image_std
         self.size = tuple(g * p for g, p in zip(grid, tower.patch_size))
@@ -248,7 +255,7 @@ def refuse_wrong_activation(full, name, weights, tag, quick_gelu):
         return
     from_openai = "openai" in Path(weights).name.lower() or ".openai" in weights.lower()   # a file or the hub's folder
     if tag.get("quick_gelu", False) if tag else from_openai:
-        raise engine.UserError(f"--teacher {full}: these weights were trained with QuickGELU and {name} has the exact "
+        raise UserError(f"--teacher {full}: these weights were trained with QuickGELU and {name} has the exact "
                                f"GELU, which gives wrong features: use open_clip:{name}-quickgelu@{weights}")
     if not tag:                        # a file does not say which activation its weights were trained with
         note(f"--teacher {full}: using the exact GELU; if {weights} comes from OpenAI (or DFN, MetaCLIP), which use "
@@ -262,15 +269,15 @@ class TimmTeacher:
         import timm
         full = f"timm:{name}@{weights}" if weights else f"timm:{name}"
         if not timm.is_model(name.partition(".")[0]):
-            raise engine.UserError(f"--teacher {full}: timm has no model {name}; timm.list_models() names them")
+            raise UserError(f"--teacher {full}: timm has no model {name}; timm.list_models() names them")
         if weights and not Path(weights).is_file():
-            raise engine.UserError(f"--teacher {full}: there is no file {weights}")
+            raise UserError(f"--teacher {full}: there is no file {weights}")
         with loading(full):
             model = timm.create_model(name, pretrained=not weights, num_classes=0)
             if weights:
                 load_timm(model, weights)
         if not all(hasattr(model, part) for part in ("set_input_size", "num_prefix_tokens", "patch_embed")):
-            raise engine.UserError(f"--teacher {full}: {name} is no plain ViT, whose patch tokens could be read")
+            raise UserError(f"--teacher {full}: {name} is no plain ViT, whose patch tokens could be read")
         self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
         self.size = tuple(g * p for g, p in zip(grid, model.patch_embed.patch_size))
         model.set_input_size(self.size)                        # interpolates the positions; nothing at the native size
@@ -315,7 +322,7 @@ def loading(full):
         if "TorchScript" in str(error):
             reason = "the file is a TorchScript archive, which is code: take the plain weights (.safetensors) instead"
         name = full.partition("@")[0]
-        raise engine.UserError(
+        raise UserError(
             f"the weights of --teacher {full} could not be loaded ({reason}); fetch their file where a network is "
             f"and name it ({name}@FILE), or choose another of {NAMES}; hog and pixel need no weights") from error
     finally:
@@ -365,7 +372,7 @@ def cache_name(teacher, dataset, flip, amp):
         try:
             status = os.stat(path)
         except OSError as error:
-            raise engine.UserError(f"{data.shown(os.fsdecode(path))} cannot be found ({error.strerror}): remove or "
+            raise UserError(f"{data.shown(os.fsdecode(path))} cannot be found ({error.strerror}): remove or "
                                    f"mend the link") from error
         digest.update(repr((bytes(path), status.st_size, status.st_mtime_ns)).encode())
     return "-".join(["+".join(teacher.names), Path(dataset.name).resolve().name, dataset.split,
@@ -396,11 +403,11 @@ def empty_file(path, shape, dataset):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free / 1e9
         if free < gigabytes:
-            raise engine.UserError(f"--cache-teacher {folder}: {what} take {gigabytes:.3g} GB and {free:.3g} GB are "
+            raise UserError(f"--cache-teacher {folder}: {what} take {gigabytes:.3g} GB and {free:.3g} GB are "
                                    f"free: name a folder on another disk, or remove *.tmp that killed runs left there")
         np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
     except OSError as error:
-        raise engine.UserError(f"--cache-teacher {folder}: cannot write there ({error}): name another one") from error
+        raise UserError(f"--cache-teacher {folder}: cannot write there ({error}): name another one") from error
     crops = "; training images are shown whole: flipped, without random crops" if shape[1] == 2 else ""
     print(f"caching the teacher's features in {path}: {what}, {gigabytes:.3g} GB{crops}", flush=True)
     return temporary
@@ -411,13 +418,14 @@ def write_features(temporary, teacher, dataset, process, batch_size, workers, am
     features = np.load(temporary, mmap_mode="r+")                                                    # (n, 1 or 2, N, C)
     batches = data.eval_batches(len(dataset), batch_size, process.rank, process.world_size)
     loader = data.make_loader(dataset, batches, workers, process.device)
-    for _, indices, (images, _) in zip(engine.progress(0, len(batches), process, "teacher"), batches, loader):
+    hide_bar = process.rank > 0 or not sys.stderr.isatty()
+    for indices, (images, _) in zip(tqdm(batches, "teacher", disable=hide_bar), loader):
         images = data.to_float(images, process.device)                                             # (B, 3, S, S)
         for mirrored in range(features.shape[1]):
-            with engine.autocast(process.device, amp):
+            with torch.autocast(process.device.type, torch.bfloat16, enabled=amp == "bf16"):
                 t = teacher(images.flip(-1) if mirrored else images).half()                          # (B, N, C)
             if not t.isfinite().all():
-                raise engine.UserError(f"--teacher {teacher.name} gives numbers that float16 cannot hold (NaN, or "
+                raise UserError(f"--teacher {teacher.name} gives numbers that float16 cannot hold (NaN, or "
                                        f"beyond 65504): check its weights, or leave out --cache-teacher")
             features[indices[0]:indices[-1] + 1, mirrored] = t.cpu().numpy()
     features.flush()
@@ -444,7 +452,7 @@ class WithFeatures(Dataset):
                 if (self.held.shape, self.held.dtype) != (self.shape, np.float16):
                     raise ValueError(f"it holds {self.held.dtype} {self.held.shape} instead of float16 {self.shape}")
             except (OSError, ValueError, EOFError) as error:
-                raise engine.UserError(f"the feature cache {self.path} is damaged ({' '.join(str(error).split())}): "
+                raise UserError(f"the feature cache {self.path} is damaged ({' '.join(str(error).split())}): "
                                        f"delete it, and the next run computes it anew") from error
         return self.held
 
@@ -457,7 +465,7 @@ class WithFeatures(Dataset):
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, int(key))
         image, label = self.dataset[(epoch, index)]
-        engine.seed_all(self.seed, epoch, index)
+        data.seed_all(self.seed, epoch, index)
         mirrored = int(self.shape[1] == 2 and torch.rand(()) < 0.5)
         t = torch.from_numpy(np.array(self.features[index, mirrored]))       # a copy: the map cannot be written to
         return (image.flip(-1) if mirrored else image, t), label

@@ -24,11 +24,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import data
-import engine
+from support import data, engine
 import linprobe
 import pretrain
-import teachers
+from support import teachers
 import vqkd
 
 RUNS = Path("runs/ablations")

@@ -1,0 +1,1 @@
+"""What one may skip: pictures, measurements, conversion.  python -m extras.visualize"""

@@ -1,0 +1,1 @@
+"""What keeps the stages running and is no method: data, teachers, files, runs."""
