@@ -31,7 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from support import data, engine, files, weights
+from support import data, engine, files, transforms, weights
+from support.shapes import Shapes
+from support.images import open_class_folders, shown
 from support.engine import UserError
 from model import PRESETS, ViT, count_parameters, imagenet_normalize, initialise
 
@@ -278,8 +280,8 @@ def columns_of(dataset, names, source):
     """Which logit each class of a data set is, by name alone. -> (classes of the data set,) long"""
     number = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in dataset.classes if name not in number]:
-        some = data.shown(", ".join(unknown[:5] + ["..."] * (len(unknown) > 5)))
-        raise UserError(f"{data.shown(dataset.name)} has {len(unknown)} classes that {source} does not know ({some}): "
+        some = shown(", ".join(unknown[:5] + ["..."] * (len(unknown) > 5)))
+        raise UserError(f"{shown(dataset.name)} has {len(unknown)} classes that {source} does not know ({some}): "
                         f"take them away, or name the logits with --classes FILE")
     return torch.tensor([number[name] for name in dataset.classes])
 
@@ -290,20 +292,20 @@ def open_set(name, split, transform, args, alone=False):
         return data.open_data(name, split, transform, data_dir=args.data_dir, download=args.download, limit=args.limit,
                               seed=args.seed)
     root = os.path.join(name, split) if os.path.isdir(os.path.join(name, split)) else name
-    return data.open_class_folders(root, transform, args.seed, args.limit)
+    return open_class_folders(root, transform, args.seed, args.limit)
 
 
 def open_sets(args):
     """-> (training images, held-out images or None where nothing is to be evaluated), with labels."""
     try:
-        augment = data.finetune_transform(args.image_size, scale=(args.crop_scale, 1.0), erasing=args.erasing,
+        augment = transforms.FinetuneTransform(args.image_size, scale=(args.crop_scale, 1.0), erasing=args.erasing,
                                           randaugment=None if args.randaugment in ("none", "") else args.randaugment)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--randaugment {args.randaugment} is not understood by timm: give rand-m9-mstd0.5-inc1, say, "
                         f"or none") from error
     train_set, val_set = open_set(args.data, "train", augment, args, alone=not args.evaluations), None
     if args.evaluations:
-        val_set = open_set(args.data, "val", data.eval_transform(args.image_size), args)
+        val_set = open_set(args.data, "val", transforms.EvalTransform(args.image_size), args)
     data.leave_out_bad(args, train_set, val_set)
     for dataset in filter(None, (train_set, val_set) if args.classes else ()):
         names = read_classes(args.classes)
@@ -328,7 +330,7 @@ def evaluate(model, dataset, args, process, columns=None):
     model.eval()
     totals = data.zeros_to_sum(6, process.device)
     batches = data.eval_batches(len(dataset), args.micro_batch, process.rank, process.world_size)
-    workers = 0 if isinstance(dataset, data.Shapes) else args.workers            # shapes need no decoding
+    workers = 0 if isinstance(dataset, Shapes) else args.workers            # shapes need no decoding
     for images, labels in data.make_loader(dataset, batches, workers, process.device):
         images, labels = data.to_float(images, process.device), labels.to(process.device)
         with engine.autocast(process.device, args.amp):
@@ -376,7 +378,7 @@ def train(args, process):
         print(f"{count_parameters(model) / 1e6:.2f} M parameters from {describe(args, report)}\n"
               f"{len(train_set)} images, {classes} classes, {steps} steps of {args.batch_size} = {process.world_size} "
               f"processes x {accumulation} x {micro}; layer decay {args.layer_decay}")
-    batches = iter(data.make_loader(train_set, data.train_batches(
+    batches = iter(data.make_loader(train_set, data.TrainBatches(
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
     eval_every = max(1, math.ceil(steps / per_epoch / max(args.evaluations, 1)))         # epochs
@@ -449,7 +451,7 @@ def robustness(args, process):
                         f"give one name for each with --classes FILE")
     sets = []
     for name in [args.data] if isinstance(args.data, str) else args.data:        # all, before the first is measured
-        dataset = open_set(name, "val", data.eval_transform(args.image_size), args, alone=True)
+        dataset = open_set(name, "val", transforms.EvalTransform(args.image_size), args, alone=True)
         if not names and len(dataset.classes) != model.num_classes:
             raise UserError(f"{args.checkpoint} knows {model.num_classes} classes, {name} has {len(dataset.classes)}: "
                             f"give the data of its training, or the names of its logits with --classes FILE")

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from support import data, engine, files, weights
+from support import data, engine, files, transforms, weights
 from model import PRESETS, ViT, imagenet_normalize, initialise, rescale_residual_branches
 
 RATES = (1e-3, 4e-3, 1.6e-2)     # AdamW, around the 4e-3 of BEiT v1's probe
@@ -250,7 +250,7 @@ def probe(source, args, process, log):
     """Everything for one source. -> its summary and its best head, on rank 0; the other processes only extract."""
     begin, device = time.time(), process.device
     open_ = dict(data_dir=args.data_dir, download=args.download, limit=args.limit, seed=args.seed)
-    plain = data.eval_transform(source.image_size)
+    plain = transforms.EvalTransform(source.image_size)
     train_set = data.open_data(args.data, "train", plain, **open_)
     val_set = data.open_data(args.data, "val", plain, **open_)
     data.leave_out_bad(args, train_set, val_set)
@@ -263,7 +263,7 @@ def probe(source, args, process, log):
     features, labels = extract(source, train_set, [(0, i) for i in torch.cat([fit, held]).tolist()], args, process)
     if args.augment:
         crops = copy.copy(train_set)                         # the same images, seen in another way
-        crops.transform = data.vqkd_transform(source.image_size)
+        crops.transform = transforms.vqkd_transform(source.image_size)
         views = [(view, i) for view in range(args.augment) for i in fit.tolist()]
         more = extract(source, crops, views, args, process)
     seconds = time.time() - begin

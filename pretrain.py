@@ -26,11 +26,12 @@ from torch import nn
 
 from model import (
     PRESETS, Block, ViT, imagenet_normalize, initialise, rescale_residual_branches, select)
-from support import data
+from support import data, transforms
 from support.args import check_range, fill_in, flag, number, run_parser, whole
 from support.files import UserError
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
-from support.run import Run, dry_run, launch
+from support.process import launch, seed_all
+from support.run import Run, dry_run
 from vqkd import load_tokenizer
 
 MODELS = "tiny", "small", "base", "large"
@@ -268,7 +269,7 @@ class StillViews:
 
     def __init__(self, size, tokenizer_size):
         sizes = dict.fromkeys([size, tokenizer_size])        # one view where both are equal
-        self.transforms = [data.eval_transform(s) for s in sizes]
+        self.transforms = [transforms.EvalTransform(s) for s in sizes]
 
     def __call__(self, image):
         views = [transform(image) for transform in self.transforms]
@@ -280,7 +281,7 @@ def open_images(args, tokenizer):
     size = args.image_size
     tokenizer_size = tokenizer.encoder.image_size[0]
     masks = tokenizer.encoder.grid, args.mask_patches, args.mask_min_block
-    crops = data.mim_transform(size, tokenizer_size, (args.crop_scale, 1.0), args.color_jitter)
+    crops = transforms.mim_transform(size, tokenizer_size, (args.crop_scale, 1.0), args.color_jitter)
     train_set = data.open_split(args, "train", MaskedViews(crops, *masks))
     val_set = data.open_split(args, "val", MaskedViews(StillViews(size, tokenizer_size), *masks))
     data.leave_out_bad(args, train_set, val_set)
@@ -319,7 +320,7 @@ def train(args):
     train_set, val_set = open_images(args, tokenizer)
     commonest = None
 
-    data.seed_all(args.seed)
+    seed_all(args.seed)
     model = build(args, codes).to(run.device)
     groups = param_groups(model.named_parameters(), args.weight_decay)
     optimizer = adamw(groups, (0.9, args.beta2), run.device)

@@ -32,7 +32,8 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from support import data, engine, files, weights
-from support.data import IGNORE
+from support.scenes import SegmentTransform, fit_size, open_scenes
+from support.scenes import IGNORE
 from support.engine import UserError
 from model import PRESETS, ViT, count_parameters, imagenet_normalize
 
@@ -211,7 +212,7 @@ def predict(model, images, scales=(1.0,), flip=False):
     window, size, total = model.backbone.image_size, images.shape[-2:], 0
     stride = [round(side * 2 / 3) for side in window]        # 341 of 512
     for scale in scales:
-        fitted = data.fit_size(*size, 4 * min(window) * scale, min(window) * scale)
+        fitted = fit_size(*size, 4 * min(window) * scale, min(window) * scale)
         view = imagenet_normalize(images if fitted == tuple(size) else resize(images, fitted))
         # Differs from the recipe, which fails where a side is shorter than the window (aspect above 4, scales below
         # 1): we pad on the right and at the bottom with the mean colour, and cut that off again.
@@ -310,11 +311,11 @@ def look_at_checkpoint(args, crop):
 # --- training ---------------------------------------------------------------------------------------------------------
 def open_sets(args):
     """-> (training images, held-out images), with label maps."""
-    transform = data.segment_transform(args.image_size, args.jitter, distortion=args.distortion)
+    transform = SegmentTransform(args.image_size, args.jitter, distortion=args.distortion)
     few = min([n for n in (args.limit, args.train_images) if n], default=None)
     options = dict(classes=args.classes, seed=args.seed)
-    train_set = data.open_scenes(args.data, "train", transform, limit=few, **options)
-    val_set = data.open_scenes(args.data, "val", limit=args.limit, **options)
+    train_set = open_scenes(args.data, "train", transform, limit=few, **options)
+    val_set = open_scenes(args.data, "val", limit=args.limit, **options)
     data.leave_out_bad(args, train_set, val_set)
     return train_set, val_set
 
@@ -458,7 +459,7 @@ def train(args, process):
         if accumulation > 1:
             print(f"note: the batch is accumulated, and BatchNorm sees {seen} of its {args.batch_size} images at once: "
                   f"raise --micro-batch if memory allows")
-    batches = iter(data.make_loader(train_set, data.train_batches(
+    batches = iter(data.make_loader(train_set, data.TrainBatches(
         len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
         args.workers, process.device))
     eval_every = math.ceil(steps / args.evaluations)
@@ -531,7 +532,7 @@ def evaluate_file(args, process):
     """--eval: the segmenter in a file, on the held-out images of --data. Its classes must be those of the data."""
     model, checkpoint = load_segmenter(args.checkpoint)
     classes = model.decode_head.conv_seg.out_channels
-    dataset = data.open_scenes(args.data, "val", classes=args.classes or (None if args.data == "shapes" else classes),
+    dataset = open_scenes(args.data, "val", classes=args.classes or (None if args.data == "shapes" else classes),
                                limit=args.limit, seed=args.seed)
     if classes != len(dataset.classes) or checkpoint.get("classes", dataset.classes) != dataset.classes:
         other = ", of other names" if classes == len(dataset.classes) else ""

@@ -23,13 +23,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import PRESETS, ViT, initialise
-from support import data, teachers, weights
+from support import data, teachers, transforms, weights
+from support.features import cache_features
+from support.images import open_images
 from support.args import fill_in, number, run_parser, whole
 from support.codebook import (
     CodebookWatch, codebook_usage, resize_codebook, restart_dead_codes)
 from support.files import UserError, read_file
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
-from support.run import Run, dry_run, join_processes, launch
+from support.process import join_processes, launch, seed_all
+from support.run import Run, dry_run
 
 MODELS = "tiny", "small", "base"
 RECIPE = {  # base: the paper's (REFERENCE.md section 2), for both backbones; tiny, small: ours.
@@ -231,7 +234,7 @@ def train(args):
     teacher, train_set, val_set = open_teacher_and_images(args, run)
     teacher_dims = dict(zip(teacher.names, teacher.dims))
 
-    data.seed_all(args.seed)
+    seed_all(args.seed)
     model = build(args, teacher.dims).to(run.device)
     if args.init:
         load_state(model, args.init)
@@ -276,7 +279,7 @@ def train(args):
         if quantize:
             model.quantize.update(run.sum(sums), run.sum(counts), args.decay)
             if restart_due(step, args, run.total_steps):
-                data.seed_all(args.seed, step)
+                seed_all(args.seed, step)
                 restart_dead_codes(model.quantize, h, run)
             health.look(counts, run)
 
@@ -375,8 +378,8 @@ def build(args, teacher_dims):
 # --- data -----------------------------------------------------------------------------------------
 def open_teacher_and_images(args, run):
     """-> the frozen teacher, training images in random crops, held-out images."""
-    whole_image = data.eval_transform(args.image_size)
-    crops = data.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0))
+    whole_image = transforms.EvalTransform(args.image_size)
+    crops = transforms.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0))
     train_set = data.open_split(args, "train", whole_image if args.cache_teacher else crops)
     val_set = data.open_split(args, "val", whole_image)
     data.leave_out_bad(args, train_set, val_set)
@@ -385,8 +388,8 @@ def open_teacher_and_images(args, run):
     if args.cache_teacher:                   # features are computed once, and read from then on
         how = dict(batch_size=args.micro_batch, workers=args.workers, amp=args.amp)
         folder = args.cache_teacher
-        train_set = teachers.cache_features(teacher, train_set, folder, run, flip=True, **how)
-        val_set = teachers.cache_features(teacher, val_set, folder, run, flip=False, **how)
+        train_set = cache_features(teacher, train_set, folder, run, flip=True, **how)
+        val_set = cache_features(teacher, val_set, folder, run, flip=False, **how)
     return teacher, train_set, val_set
 
 
@@ -457,7 +460,7 @@ def encode_files(args):
     """--encode: token ids of one image, or of all under a folder -> OUT/tokens.npz (ids, names)."""
     process = join_processes(args.device)
     model = load_tokenizer(args.init or args.out / "vqkd.pt", process.device)
-    dataset = data.open_images(args.encode, data.eval_transform(model.encoder.image_size[0]))
+    dataset = open_images(args.encode, transforms.EvalTransform(model.encoder.image_size[0]))
     data.leave_out_bad(args, dataset)
     batches = data.eval_batches(len(dataset), 64)
     ids = []

@@ -37,14 +37,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import data, engine, files
+from support import data, engine, files, transforms
+from support.images import Folder
 import finetune
 import linprobe
 import model
 import pretrain
 import segment
 import vqkd
-from support import weights
 from support.engine import UserError
 from model import PRESETS, ViT, imagenet_normalize
 
@@ -466,9 +466,9 @@ def bench_loader(args, device, tell):
     c = sizes(args.model)
     grid = (math.isqrt(c.N),) * 2
     tiny = args.model == "tiny"
-    crops = data.mim_transform(c.S, scale=(1.0, 1.0), color_jitter=0) if tiny else data.mim_transform(c.S)
-    views = dict(pixels=None, vqkd=data.vqkd_transform(c.S), finetune=data.FinetuneTransform(c.S),
-                 linprobe=data.eval_transform(c.S),
+    crops = transforms.mim_transform(c.S, scale=(1.0, 1.0), color_jitter=0) if tiny else transforms.mim_transform(c.S)
+    views = dict(pixels=None, vqkd=transforms.vqkd_transform(c.S), finetune=transforms.FinetuneTransform(c.S),
+                 linprobe=transforms.EvalTransform(c.S),
                  pretrain=pretrain.MaskedViews(crops, grid, c.M, max(1, c.N * 16 // 196)))
     if tiny:
         clock = Clock(args, device)
@@ -483,7 +483,7 @@ def bench_loader(args, device, tell):
         if not tiny:
             write_pictures(Path(folder), 16)
         for name, transform in views.items():
-            dataset = data.open_data("shapes", "train", transform, limit=64) if tiny else data.Folder(
+            dataset = data.open_data("shapes", "train", transform, limit=64) if tiny else Folder(
                 folder, None, transform, labelled=False)
             dataset[(0, 0)]
             clock, seen = Clock(args, device), 0

@@ -16,7 +16,7 @@ import torch
 
 from model import PRESETS, ViT, relative_position_index
 from support.files import UserError, write_file
-from support.run import launch
+from support.process import launch
 from support.weights import (
     INDEX, PREFIX, TABLE, WRAPPERS, arguments, grid_of, kind_of, listed, read, read_architecture, resize_pos_embed,
     resize_relative_table, state_dict, strip_prefix, table_per_block, unwrap)

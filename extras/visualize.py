@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support import data, engine, weights
+from support import data, engine, transforms, weights
+from support.images import open_images
 from model import imagenet_normalize
 from pretrain import BEiT, accuracy, sample_block_mask
 from vqkd import codebook_usage, l2, load_tokenizer
@@ -539,7 +540,7 @@ def draw_all(args, folder):
              "seed of the pictures": args.seed, "images": args.data, "examples": args.images}
 
     def images(split, size, limit):
-        return data.open_data(args.data, split, data.eval_transform(size), data_dir=args.data_dir, limit=limit,
+        return data.open_data(args.data, split, transforms.EvalTransform(size), data_dir=args.data_dir, limit=limit,
                               seed=args.seed, labelled=False)
 
     def examples(size, most):
@@ -547,7 +548,7 @@ def draw_all(args, folder):
             return images("val", size, most)
         if not args.images.exists():
             raise engine.UserError(f"--images {args.images}: there is no such file or folder")
-        dataset = data.open_images(args.images, data.eval_transform(size))
+        dataset = open_images(args.images, transforms.EvalTransform(size))
         dataset.paths = dataset.paths[:most]
         return dataset
 

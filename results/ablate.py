@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from support import data, engine
+from support.shapes import Shapes
 import linprobe
 import pretrain
 from support import teachers
@@ -193,7 +194,7 @@ def run_row(row, seed, run_flags):
     call(linprobe, [*SHORT["linprobe"], "--out", home, *common])
 
 
-class DrawnOnce(data.Shapes):
+class DrawnOnce(Shapes):
     """The shapes, drawn once for all rows of this process."""
 
     kept = {}
@@ -305,7 +306,7 @@ def main(argv=None):
         print("\n".join(f"{row.name:42} {' '.join([*row.vqkd, *row.pretrain])}" for row in ROWS))
         return
     if not args.table:
-        with exchanged({"data.Shapes": DrawnOnce}):
+        with exchanged({"shapes.Shapes": DrawnOnce}):
             for row in (row for row in ROWS if row.name in args.rows):
                 for seed in args.seeds:
                     print(f"--- {row.name}, seed {seed}", flush=True)

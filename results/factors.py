@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from support import data, engine, teachers
+from support.shapes import draw_shapes
 import vqkd
 
 # What the claim wants of the better code: -1 to ignore the factor, +1 to keep it.
@@ -133,7 +134,7 @@ def alterations(labels, f):
     scale. light: new levels, the brighter side stays the brighter; polarity: object and ground swap theirs."""
     n = len(labels)
     other = {k: np.roll(v, n // 2) for k, v in f.items()}
-    room, other_room = 25.5 - 24 * f["scale"], 25.5 - 24 * other["scale"]                # as in data.draw_shapes
+    room, other_room = 25.5 - 24 * f["scale"], 25.5 - 24 * other["scale"]                # as in draw_shapes
     largest = np.minimum(0.95, (25.5 - np.maximum(np.abs(f["x"]), np.abs(f["y"]))) / 24)
     low, high = np.sort([other["brightness"], other["background"]], axis=0)
     brighter = f["brightness"] > f["background"]
@@ -174,7 +175,7 @@ def effective_dimension(x):
 def draw(split, n, altered=None):
     """The first n shapes of a split, if wanted with one factor altered -> images, masks, labels, factors."""
     change = alterations(*draw(split, n)[2:])[altered] if altered else {}
-    images, masks, labels, factors = zip(*[data.draw_shapes(
+    images, masks, labels, factors = zip(*[draw_shapes(
         0, split, np.arange(n)[part], change={k: v[part] for k, v in change.items()})
         for part in (slice(i, i + 250) for i in range(0, n, 250))])
     return (*(torch.from_numpy(np.concatenate(x)) for x in (images, masks)), np.concatenate(labels),

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support import run as new
-from support.data import seed_all  # noqa: F401
+from support import process as new
 from support.files import Log, UserError, describe_run, read_file, set_aside, write_file  # noqa: F401
 from support.optim import adamw, cosine_schedule, param_groups, set_lr  # noqa: F401
-from support.run import (  # noqa: F401
-    Process, StopSignal, differences, find_resume_file as start_or_resume, join_processes as init_distributed,
-    keep_freed_memory, launch as run)
+from support.process import Process, StopSignal, keep_freed_memory, launch as run, seed_all  # noqa: F401
+from support.process import join_processes as init_distributed  # noqa: F401
+from support.run import differences, find_resume_file as start_or_resume  # noqa: F401
 
 POSITIVE = "limit image_size patch_size batch_size micro_batch epochs steps log_every save_every".split()
 

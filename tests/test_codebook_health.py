@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from support import codebook, data, engine, teachers
+from support import codebook, data, engine, teachers, transforms
 from support.run import contents
 import vqkd
 from conftest import log_lines, stage
@@ -214,7 +214,7 @@ def test_the_quantizer_joins_after_the_continuous_steps_and_beta_weighs_its_term
 
 def test_an_evaluation_does_not_depend_on_how_its_images_are_batched(tmp_path):
     args = vqkd.parse_args([*QUICK, "--encoder-depth", "1", "--out", str(tmp_path)])
-    model, dataset = vqkd.build(args, (144,)), data.open_data("shapes", "val", data.eval_transform(48), limit=10)
+    model, dataset = vqkd.build(args, (144,)), data.open_data("shapes", "val", transforms.EvalTransform(48), limit=10)
     model.quantize.embedding.weight.copy_(vqkd.l2(torch.randn(16, 16)))
     results = []
     for args.micro_batch in (10, 4):                         # 4, 4 and 2 images

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support import data, engine
+from support import data, engine, transforms
 import vqkd
 from vqkd import Codebook, code_sums, codebook_usage, ema_update, kmeans, l2, nearest_code
 
@@ -89,7 +89,7 @@ def test_kmeans_is_ten_rounds_of_the_nearest_centre_and_the_normalised_mean():
 def test_the_first_codes_are_drawn_once_each_from_unit_vectors_of_different_images(monkeypatch):
     args, seen = vqkd.parse_args(["--codes", "100", "--encoder-depth", "1", "--amp", "no"]), []
     monkeypatch.setattr(vqkd, "kmeans", lambda x, start: (seen.append((x, start)), kmeans(x, start))[1])
-    model, images = vqkd.build(args, (144,)), data.open_data("shapes", "train", data.eval_transform(48), limit=5)
+    model, images = vqkd.build(args, (144,)), data.open_data("shapes", "train", transforms.EvalTransform(48), limit=5)
     vqkd.kmeans_start(model, images, args, engine.Process(0, 1, torch.device("cpu")))
     (x, start), = seen
     assert x.shape == (5 * 36, 16) and len(x.unique(dim=0)) == 180           # every image, none twice

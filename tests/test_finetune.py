@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import log_lines, stage
 from PIL import Image
 
-from support import data, engine
+from support import engine, transforms
 import finetune
 from support.engine import UserError
 from finetune import RECIPES, choose_labels, hits, layer_of, mix, recipe_for, smooth_targets, soft_cross_entropy
@@ -327,7 +327,7 @@ def test_from_384_on_an_image_is_resized_straight_to_the_size_and_below_with_a_m
     image = torch.zeros(3, 600, 600, dtype=torch.uint8)
     image[:, :20] = 255                                      # a border that the margin cuts off
     for size, seen in ((224, False), (384, True), (512, True)):
-        shown = data.eval_transform(size)(image)
+        shown = transforms.EvalTransform(size)(image)
         assert shown.shape == (3, size, size) and bool((shown[:, 0] > 200).all()) == seen
 
 

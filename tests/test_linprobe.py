@@ -282,7 +282,7 @@ process = engine.init_distributed("cpu")
 args = linprobe.parse_args(["--source", "random", "--workers", "0", "--micro-batch", "8", "--amp", "no"])
 items = [(0, i) for i in range(29)]                          # 29 images: the shares differ in size
 source = linprobe.load_source("random", args, process.device)
-shapes = data.open_data("shapes", "train", data.eval_transform(48), limit=40)
+shapes = data.open_data("shapes", "train", transforms.EvalTransform(48), limit=40)
 features, labels = linprobe.extract(source, shapes, items, args, process)
 if process.rank == 0:
     torch.save((features, labels), sys.argv[2])

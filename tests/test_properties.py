@@ -12,7 +12,8 @@ from hypothesis import assume, configuration, given, settings
 from hypothesis import strategies as st
 
 from support import data, engine
-from support.data import IGNORE
+from support.scenes import fit_size
+from support.scenes import IGNORE
 from finetune import choose_labels, hits, mix, restrict, smooth_targets, soft_cross_entropy
 from linprobe import accuracy, hold_out
 from model import position_table, relative_position_index
@@ -204,8 +205,8 @@ def test_ranks_and_micro_batches_together_are_the_batches_of_one_process(
         micro, ranks, accumulation, spare, steps, start, seed):
     batch = micro * ranks * accumulation
     n = batch + spare
-    whole = list(data.train_batches(n, batch, steps, seed=seed))
-    parts = [list(data.train_batches(n, batch, steps, start, rank, ranks, accumulation, seed)) for rank in range(ranks)]
+    whole = list(data.TrainBatches(n, batch, steps, seed=seed))
+    parts = [list(data.TrainBatches(n, batch, steps, start, rank, ranks, accumulation, seed)) for rank in range(ranks)]
     for step in range(start, steps):
         here = slice((step - start) * accumulation, (step - start + 1) * accumulation)
         assert [key for part in parts for micro_batch in part[here] for key in micro_batch] == whole[step]
@@ -304,7 +305,7 @@ def test_iou_is_the_intersection_of_two_sets_of_pixels_by_their_union(classes, h
 @for_all(height=st.integers(1, 3000), width=st.integers(1, 3000), long=st.integers(8, 3000), short=st.integers(8, 600))
 def test_a_fitted_size_touches_a_bound_and_keeps_the_aspect(height, width, long, short):
     assume(long >= short)
-    h, w = data.fit_size(height, width, long, short)
+    h, w = fit_size(height, width, long, short)
     assert 1 <= max(h, w) <= long and 1 <= min(h, w) <= short and (max(h, w) == long or min(h, w) == short)
     scale = min(long / max(height, width), short / min(height, width))
     assert abs(h - height * scale) <= 0.5 + 1e-6 or h == 1

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 from support import data, engine
+from support.scenes import open_scenes, saturate
 import segment
-from support.data import IGNORE, SegmentTransform, distort, fit_size, read_labels
+from support.scenes import IGNORE, SegmentTransform, distort, fit_size, read_labels
 from support.engine import UserError
 from model import IMAGENET_MEAN, PRESETS, ViT, count_parameters, imagenet_normalize
 from pretrain import BEiT
@@ -367,7 +368,7 @@ def test_hue_moves_by_a_tenth_of_the_circle_at_most():
 
 def test_saturation_is_that_of_hsv_and_stops_at_full_colour():
     image, factor = torch.rand(3, 4, 5), 1.4
-    out = data.saturate(image, factor)
+    out = saturate(image, factor)
     for pixel, changed in zip(image.flatten(1).T.tolist(), out.flatten(1).T.tolist()):
         h, s, v = colorsys.rgb_to_hsv(*pixel)
         assert changed == pytest.approx(colorsys.hsv_to_rgb(h, min(1, factor * s), v), abs=1e-5)
@@ -400,7 +401,7 @@ def test_padding_lies_right_and_below_with_the_mean_colour_and_no_label():
 
 
 def test_shapes_have_a_background_and_the_class_of_each_object_plus_one():
-    scenes = data.open_scenes("shapes", "val", limit=10)
+    scenes = open_scenes("shapes", "val", limit=10)
     assert len(scenes) == 10 and len(scenes.classes) == 11 and scenes.classes[0] == "background"
     for i in range(10):
         image, labels = scenes[i]
@@ -417,20 +418,20 @@ def test_ade_labels_shift_by_one_and_0_and_255_are_ignored(tmp_path):
 
 
 def test_a_folder_gives_pairs_and_a_sample_is_a_function_of_seed_epoch_and_index(scenes):
-    train = data.open_scenes(scenes, "train", SegmentTransform(48), classes=3)
+    train = open_scenes(scenes, "train", SegmentTransform(48), classes=3)
     assert len(train) == 8 and train.classes == ["class 1", "class 2", "class 3"]
     one, again, other = train[2, 5], train[2, 5], train[3, 5]
     assert torch.equal(one[0], again[0]) and torch.equal(one[1], again[1]) and not torch.equal(one[0], other[0])
-    assert len(data.open_scenes(scenes, "val", classes=3, limit=2)) == 2
+    assert len(open_scenes(scenes, "val", classes=3, limit=2)) == 2
     (scenes / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tbuilding, edifice\n3\tsky\n")
-    assert data.open_scenes(scenes, "val", classes=3).classes == ["wall", "building", "sky"]
+    assert open_scenes(scenes, "val", classes=3).classes == ["wall", "building", "sky"]
     (scenes / "objectInfo150.txt").write_bytes(b"Idx\tName\n1\tcaf\xe9\n2\tb\n3\tc\n")           # not UTF-8
-    assert data.open_scenes(scenes, "val", classes=3).classes == ["class 1", "class 2", "class 3"]
+    assert open_scenes(scenes, "val", classes=3).classes == ["class 1", "class 2", "class 3"]
 
 
 def test_a_folder_gives_every_image_once_and_a_limit_spreads_over_all(scenes):
     def names(limit=None):
-        return [path.decode()[-5:] for path in data.open_scenes(str(scenes), "train", classes=3, limit=limit).paths]
+        return [path.decode()[-5:] for path in open_scenes(str(scenes), "train", classes=3, limit=limit).paths]
     assert names() == [f"{i}.jpg" for i in range(8)] and names(3) == ["0.jpg", "4.jpg", "7.jpg"]
 
 
@@ -535,7 +536,7 @@ def test_a_folder_trains_and_its_images_of_all_sizes_count_once(scenes, tmp_path
     result = segment.main([*QUICK, "--batch-size", "4", "--data", str(scenes), "--classes", "3", "--init", "scratch",
                            "--steps", "2", "--out", str(tmp_path / "out"), "--jitter", "2"])
     pixels = sum((40 + 9 * i) * (90 - 7 * i) for i in range(3))
-    known = sum(int((data.open_scenes(scenes, "val", classes=3)[i][1] != IGNORE).sum()) for i in range(3))
+    known = sum(int((open_scenes(scenes, "val", classes=3)[i][1] != IGNORE).sum()) for i in range(3))
     assert known < pixels and counted[-1].sum() == known and 0 <= result["miou"] <= 100
     again = segment.main([*QUICK, "--data", str(scenes), "--eval", "--out", str(tmp_path / "out")])
     assert again == pytest.approx(result)                    # --classes is read from the file
@@ -585,23 +586,23 @@ def test_mistakes_are_one_sentence(tmp_path, flags, sentence):
 def test_annotations_that_do_not_fit_are_one_sentence(scenes):
     image, target = scenes / "images" / "training" / "3.jpg", scenes / "annotations" / "training" / "3.png"
     with pytest.raises(UserError, match="holds label 3, but there are 2 classes: give --classes"):
-        data.open_scenes(scenes, "train", classes=2)[3]
+        open_scenes(scenes, "train", classes=2)[3]
     with Image.open(target) as picture:
         Image.new("L", (5, 6)).save(target)
         with pytest.raises(UserError, match="3.png is 5x6, its image .*3.jpg 69x67"):
-            data.open_scenes(scenes, "train", classes=3)[3]
+            open_scenes(scenes, "train", classes=3)[3]
         picture.convert("RGB").save(target)
     with pytest.raises(UserError, match="pixels of kind RGB"):
-        data.open_scenes(scenes, "train", classes=3)[3]
+        open_scenes(scenes, "train", classes=3)[3]
     target.write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot read the annotation"):
-        data.open_scenes(scenes, "train", classes=3)[3]
+        open_scenes(scenes, "train", classes=3)[3]
     target.unlink()
     with pytest.raises(UserError, match="there is no annotation .*3.png for .*3.jpg"):
-        data.open_scenes(scenes, "train", classes=3)
+        open_scenes(scenes, "train", classes=3)
     assert image.exists()
     with pytest.raises(UserError, match="holds no image: label maps want ADE20K's layout"):
-        data.open_scenes(scenes / "images", "train")
+        open_scenes(scenes / "images", "train")
 
 
 def test_checkpoints_of_another_kind_or_size_are_refused(pretrained):

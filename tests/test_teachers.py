@@ -13,9 +13,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as VF
 
-from support import data, engine, teachers
+from support import data, engine, teachers, transforms
+from support.features import cache_features, cache_name
+from support.shapes import Shapes
+from support.images import Folder
 from conftest import ROOT, stage
-from support.teachers import HogTeacher, PixelTeacher, build_teacher, cache_features, to_teacher
+from support.teachers import HogTeacher, PixelTeacher, build_teacher, to_teacher
 
 
 def textured(b=2, h=48, w=48):
@@ -477,7 +480,7 @@ ALONE = engine.Process(0, 1, torch.device("cpu"))
 
 
 def shapes(split="train", size=24, **options):
-    return data.Shapes(split, data.eval_transform(size), **dict(dict(limit=10), **options))
+    return Shapes(split, transforms.EvalTransform(size), **dict(dict(limit=10), **options))
 
 
 def cache(folder, teacher=None, dataset=None, flip=True, **options):
@@ -533,7 +536,7 @@ def test_whatever_changes_the_features_asks_for_another_file(tmp_path, tiny_vit,
         VF.to_pil_image(shapes().image(i)).save(folder / "val" / f"{i}.png")
 
     def files():
-        return data.Folder(str(folder), "val", data.eval_transform(24), labelled=False)
+        return Folder(str(folder), "val", transforms.EvalTransform(24), labelled=False)
 
     hog, file = build_teacher("hog", (3, 3), 8, "cpu"), tiny_vit()[0]
     vit = build_teacher(f"timm:test_vit@{file}", (3, 3), 8, "cpu")
@@ -548,12 +551,12 @@ def test_whatever_changes_the_features_asks_for_another_file(tmp_path, tiny_vit,
         pictures=dict(dataset=shapes(pictures=1)), rotation=dict(dataset=shapes(max_rotation=180)),
         folder=dict(dataset=files()), amp=dict(amp="bf16"))
     before = dict(teacher=hog, dataset=shapes(), flip=True, amp="no")
-    names = {key: teachers.cache_name(**dict(before, **change)) for key, change in variants.items()}
-    names["same"] = teachers.cache_name(**before)
+    names = {key: cache_name(**dict(before, **change)) for key, change in variants.items()}
+    names["same"] = cache_name(**before)
     assert len({name.rpartition("-")[2] for name in names.values()}) == len(variants) + 1       # by their hash alone
     # The same again is the same, the seed of the run changes nothing, and the name begins readably.
     again = dict(before, teacher=build_teacher("hog", (3, 3), 8, "cpu"), dataset=shapes(seed=5))
-    assert teachers.cache_name(**again) == names["same"] and names["same"].startswith("hog-shapes-train-24px-")
+    assert cache_name(**again) == names["same"] and names["same"].startswith("hog-shapes-train-24px-")
     assert names["several"].startswith("hog+pixel-") and names["folder"].startswith("hog-images-val-24px-")
 
     # Other weights under the same name; a picture with another content or date; a teacher whose code has changed.
@@ -561,11 +564,11 @@ def test_whatever_changes_the_features_asks_for_another_file(tmp_path, tiny_vit,
     state["blocks.1.mlp.fc2.weight"][3, 5] += 1e-3
     torch.save(state, file)
     other = build_teacher(vit.name, (3, 3), 8, "cpu")
-    assert teachers.cache_name(**dict(before, teacher=other)) != names["network"]
+    assert cache_name(**dict(before, teacher=other)) != names["network"]
     os.utime(folder / "val" / "1.png", (1, 1))
-    assert teachers.cache_name(**dict(before, dataset=files())) != names["folder"]
+    assert cache_name(**dict(before, dataset=files())) != names["folder"]
     monkeypatch.setattr(HogTeacher, "__call__", lambda self, images, old=HogTeacher.__call__: 1.1 * old(self, images))
-    assert teachers.cache_name(**before) != names["same"]
+    assert cache_name(**before) != names["same"]
 
 
 def test_a_killed_build_leaves_nothing_that_counts_as_finished(tmp_path, monkeypatch):
@@ -600,7 +603,7 @@ def test_a_full_disk_a_wrong_folder_and_random_crops_are_refused_before_the_work
                                                r"0\.000121 GB and 1e-06 GB are free"):
         cache(tmp_path)
     with pytest.raises(ValueError, match="eval_transform"):
-        cache(tmp_path, dataset=data.Shapes("train", data.vqkd_transform(24), limit=10))
+        cache(tmp_path, dataset=Shapes("train", transforms.vqkd_transform(24), limit=10))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -628,8 +631,8 @@ from support import data, engine, teachers
 def build():
     process = engine.init_distributed("cpu")
     teacher = teachers.build_teacher("hog+pixel", (3, 3), 8, "cpu")
-    dataset = data.Shapes("train", data.eval_transform(24), limit=11)
-    cached = teachers.cache_features(teacher, dataset, sys.argv[2], process, flip=True, batch_size=2)
+    dataset = Shapes("train", transforms.EvalTransform(24), limit=11)
+    cached = cache_features(teacher, dataset, sys.argv[2], process, flip=True, batch_size=2)
     open(f"{sys.argv[2]}.{process.rank}", "wb").write(cached.features.tobytes())
 engine.run(build)
 """

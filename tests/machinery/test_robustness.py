@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from conftest import log_lines, stage
 from PIL import Image
 
-from support import data, engine
+from support import data, engine, transforms
+from support.shapes import SHIFTS, Shapes, TEXTURES, draw_shapes, shift_shapes, unseen_textures
 import finetune
 from support.engine import UserError
 from finetune import columns_of, hits, read_classes, restrict
@@ -65,7 +66,7 @@ def test_restricted_accuracy_is_never_below_the_unrestricted_on_the_same_images(
 def test_a_class_is_found_by_its_name_whatever_its_place_among_the_folders(classifier, tmp_path):
     fill(tmp_path / "some", ["gnu", "bee", "dog"], each=3)
     args = finetune.parse_args([*RUN, "--eval", "--out", str(classifier)])
-    few = finetune.open_set(str(tmp_path / "some"), "val", data.eval_transform(48), args, alone=True)
+    few = finetune.open_set(str(tmp_path / "some"), "val", transforms.EvalTransform(48), args, alone=True)
     assert few.classes == ["bee", "dog", "gnu"] and columns_of(few, NAMES, "x").tolist() == [1, 3, 6]
     model = ViT(**PRESETS["tiny"], num_classes=7).eval()
     model.load_state_dict(engine.read_file(classifier / "finetune.pt")["model"])
@@ -157,13 +158,13 @@ def test_training_reads_one_data_set(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ shifted shapes
-@pytest.mark.parametrize("shift", data.SHIFTS)
+@pytest.mark.parametrize("shift", SHIFTS)
 def test_shifted_shapes_keep_class_mask_and_size_and_are_the_same_twice(shift):
-    plain, one, two = (data.Shapes("val", count=40, shift=s) for s in (None, shift, shift))
+    plain, one, two = (Shapes("val", count=40, shift=s) for s in (None, shift, shift))
     assert torch.equal(one.images, two.images) and not torch.equal(one.images, plain.images)
     assert one.images.shape == plain.images.shape and one.images.dtype == torch.uint8
     assert torch.equal(one.labels, plain.labels) and torch.equal(one.masks(slice(None)), plain.masks(slice(None)))
-    alone = data.shift_shapes(shift, 0, "val", np.array([7]))[0][0]
+    alone = shift_shapes(shift, 0, "val", np.array([7]))[0][0]
     assert (alone == one.images[7].numpy()).all()            # a function of the index, not of its neighbours
     assert len({image.numpy().tobytes() for image in one.images}) == 40
     assert data.open_data(f"shapes:{shift}", "val", limit=40).name == f"shapes:{shift}"
@@ -175,7 +176,7 @@ def test_an_unknown_shift_is_answered_with_the_known_ones():
 
 
 def shifted(shift, n=40):
-    dataset = data.Shapes("val", count=n, shift=shift)
+    dataset = Shapes("val", count=n, shift=shift)
     return dataset.images / 255, dataset.masks(slice(None)).bool()[:, None].expand(-1, 3, -1, -1)
 
 
@@ -198,7 +199,7 @@ def test_each_shift_does_what_it_is_called_and_greyscale_has_equal_channels():
 
 def texture_alone(texture, index):
     """Patterns (n, S, S) of training: the object moved out of sight, a plain ground with the same noise taken off."""
-    drawn, plain = (data.draw_shapes(0, "val", index, change=dict(
+    drawn, plain = (draw_shapes(0, "val", index, change=dict(
         texture=np.full(len(index), t), x=np.full(len(index), 500.0), noise=0 * index)) for t in (texture, 0))
     assert drawn[1].sum() == 0
     return torch.from_numpy(drawn[0].mean(axis=1) - plain[0].mean(axis=1)).float()
@@ -211,7 +212,7 @@ def windows(patterns, stride):
 
 
 def test_the_textures_of_the_shift_are_none_of_the_training_ones():
-    textures = range(1, len(data.TEXTURES))                  # gradient, stripes, checks, dots; plain has no pattern
+    textures = range(1, len(TEXTURES))                  # gradient, stripes, checks, dots; plain has no pattern
     known = torch.cat([windows(texture_alone(k, np.arange(300)), stride=4) for k in textures])
 
     def likeness(patterns):                                  # the best correlation with any place of any known one
@@ -219,7 +220,7 @@ def test_the_textures_of_the_shift_are_none_of_the_training_ones():
 
     for k in textures:                                       # other images of training are found again ...
         assert likeness(texture_alone(k, np.arange(1000, 1030))).median() > 0.78
-    new = torch.from_numpy(data.unseen_textures(0, 1, np.arange(100))).float()
+    new = torch.from_numpy(unseen_textures(0, 1, np.arange(100))).float()
     assert likeness(new).max() < 0.7                         # ... those of the shift are not
     assert new.abs().max() <= 1 and (new.std(dim=(1, 2)) > 0.3).all()
 
@@ -233,7 +234,7 @@ def test_new_textures_lie_behind_the_object():
 @pytest.mark.slow
 def test_the_table_of_shifts_is_one_command(tmp_path):
     stage("finetune.py", *RUN[:-1], 40, "--init", "scratch", "--steps", 40, "--limit", 400, "--out", tmp_path)
-    kinds = ["shapes"] + [f"shapes:{shift}" for shift in data.SHIFTS]
+    kinds = ["shapes"] + [f"shapes:{shift}" for shift in SHIFTS]
     done = stage("finetune.py", *RUN, "--eval", "--out", tmp_path, "--limit", 100, "--data", *kinds)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("shapes")] == kinds
     found = json.loads(done.stdout.splitlines()[-1])["restricted_top1"]

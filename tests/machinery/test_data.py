@@ -9,7 +9,10 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as VF
 
-from support import data, engine
+from support import data, engine, transforms
+from support.shapes import Shapes, TEXTURES, draw_shapes, hashed
+from support.scenes import SegmentTransform
+from support.images import open_images, read_image
 from model import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -32,23 +35,23 @@ def save(path, image, **options):
 
 # -------------------------------------------------------------------------------------------------- built-in: shapes
 def test_a_shape_is_a_function_of_seed_split_and_index():
-    together = data.draw_shapes(0, "train", np.arange(300))
+    together = draw_shapes(0, "train", np.arange(300))
     for index in (0, 7, 299):
-        alone = data.draw_shapes(0, "train", [index])
+        alone = draw_shapes(0, "train", [index])
         assert all((a[0] == b[index]).all() for a, b in zip(alone[:3], together[:3]))
-    backwards = data.draw_shapes(0, "train", np.arange(300)[::-1])[0][::-1]
+    backwards = draw_shapes(0, "train", np.arange(300)[::-1])[0][::-1]
     assert (backwards == together[0]).all()
 
 
 def test_other_seeds_splits_and_indices_give_other_images():
-    first = data.draw_shapes(0, "train", np.arange(200))[0]
+    first = draw_shapes(0, "train", np.arange(200))[0]
     assert len({image.tobytes() for image in first}) == 200
-    for other in (data.draw_shapes(1, "train", np.arange(200))[0], data.draw_shapes(0, "val", np.arange(200))[0]):
+    for other in (draw_shapes(1, "train", np.arange(200))[0], draw_shapes(0, "val", np.arange(200))[0]):
         assert not {image.tobytes() for image in first} & {image.tobytes() for image in other}
 
 
 def test_hashed_numbers_are_uniform_and_uncorrelated():
-    u = data.hashed(0, 0, np.arange(20000), draws=4)         # (20000, 4); a mean has standard error 0.002
+    u = hashed(0, 0, np.arange(20000), draws=4)         # (20000, 4); a mean has standard error 0.002
     assert u.min() >= 0 and u.max() < 1
     assert np.abs(u.mean(0) - 0.5).max() < 0.01 and np.abs(u.var(0) - 1 / 12).max() < 0.002
     neighbours = np.corrcoef(np.concatenate([u[:-1], u[1:]], 1).T) - np.eye(8)
@@ -56,7 +59,7 @@ def test_hashed_numbers_are_uniform_and_uncorrelated():
 
 
 def test_shapes_have_twelve_thousand_and_two_thousand_images_of_ten_balanced_classes():
-    assert data.Shapes.SIZES == {"train": 12_000, "val": 2_000}
+    assert Shapes.SIZES == {"train": 12_000, "val": 2_000}
     few = data.open_data("shapes", "val", limit=30)
     assert len(few) == 30 and len(few.classes) == 10 and few.native_size == 48 and few.name == "shapes"
     assert few.labels.bincount().tolist() == [3] * 10
@@ -84,8 +87,8 @@ def test_objects_fill_60_to_95_percent_of_the_half_width_and_turn_little(shapes)
     f = shapes.factors
     assert 0.60 <= f["scale"].min() < 0.62 and 0.93 < f["scale"].max() <= 0.95
     assert 14 < np.abs(f["rotation"]).max() <= 15
-    assert set(f["texture"]) == set(range(len(data.TEXTURES)))
-    turned = data.Shapes("val", count=500, max_rotation=180)
+    assert set(f["texture"]) == set(range(len(TEXTURES)))
+    turned = Shapes("val", count=500, max_rotation=180)
     assert np.abs(turned.factors["rotation"]).max() > 170
 
 
@@ -110,9 +113,9 @@ def test_a_pickled_copy_is_small_and_draws_the_same_images(shapes):
 # ------------------------------------------------------------------------------------ seeds, workers and transforms
 def test_a_sample_depends_on_seed_epoch_and_index_and_on_nothing_before_it():
     def sample(key, seed=0):
-        return data.open_data("shapes", "train", data.mim_transform(48), limit=20, seed=seed)[key][0]
+        return data.open_data("shapes", "train", transforms.mim_transform(48), limit=20, seed=seed)[key][0]
 
-    ds = data.open_data("shapes", "train", data.mim_transform(48), limit=20)
+    ds = data.open_data("shapes", "train", transforms.mim_transform(48), limit=20)
     want = ds[(3, 7)][0]
     ds[(0, 1)], torch.rand(5), np.random.rand()
     assert torch.equal(ds[(3, 7)][0], want) and torch.equal(sample((3, 7)), want)
@@ -122,12 +125,12 @@ def test_a_sample_depends_on_seed_epoch_and_index_and_on_nothing_before_it():
     assert torch.equal(plain[7][0], data.open_data("shapes", "train", limit=20)[7][0])   # the same pictures
 
 
-@pytest.mark.parametrize("make", [data.mim_transform, data.finetune_transform])
+@pytest.mark.parametrize("make", [transforms.mim_transform, transforms.FinetuneTransform])
 def test_the_number_of_workers_changes_no_image(make):
     ds = data.open_data("shapes", "train", make(48), limit=64)
 
     def stream(workers):
-        return list(data.make_loader(ds, data.train_batches(64, 16, steps=6, seed=5), workers, torch.device("cpu")))
+        return list(data.make_loader(ds, data.TrainBatches(64, 16, steps=6, seed=5), workers, torch.device("cpu")))
 
     alone = stream(0)
     assert len(alone) == 6 and alone[0][0].shape == (16, 3, 48, 48) and alone[0][1].dtype == torch.int64
@@ -146,7 +149,7 @@ def test_the_loader_leaves_the_training_loops_generator_alone():
 
 
 def test_crops_have_the_area_and_aspect_asked_for():
-    crop = data.vqkd_transform(48, scale=(0.08, 1.0))
+    crop = transforms.vqkd_transform(48, scale=(0.08, 1.0))
     image = photo(200, 200)
     areas, aspects = [], []
     for i in range(400):
@@ -164,13 +167,13 @@ def test_crops_have_the_area_and_aspect_asked_for():
     (48, 48, (1.0, 1.0), True),          # what torchvision's ten tries end at, too, as no aspect drawn is 1 exactly
     (48, 48, (0.6, 1.0), False), (48, 72, (1.0, 1.0), False), (72, 48, (1.0, 1.0), False)])
 def test_only_of_a_square_image_a_crop_of_scale_one_is_all(height, width, scale, whole):
-    image, crop = photo(height, width), data.RandomCrop([48], scale, flip=0.0)
+    image, crop = photo(height, width), transforms.RandomCrop([48], scale, flip=0.0)
     windows = []
     for seed in range(20):
         engine.seed_all(seed)
         windows.append(crop.window.make_params([image]))
         engine.seed_all(seed)
-        expected = VF.resized_crop(image, **windows[-1], size=[48, 48], **data.BICUBIC)
+        expected = VF.resized_crop(image, **windows[-1], size=[48, 48], **transforms.BICUBIC)
         assert torch.equal(crop(image), expected)
     sizes = {(w["height"], w["width"]) for w in windows}
     assert (sizes == {(height, width)}) == whole
@@ -179,9 +182,9 @@ def test_only_of_a_square_image_a_crop_of_scale_one_is_all(height, width, scale,
 def test_half_the_images_are_flipped_and_none_where_flip_is_off():
     rising = photo(48, 48)                                   # red rises to the right, unless flipped
     for flip, low, high in ((0.5, 0.4, 0.6), (0.0, 0, 0)):
-        for make in (lambda: data.vqkd_transform(48, (0.5, 1.0), flip),
-                     lambda: data.mim_transform(48, scale=(0.5, 1.0), flip=flip),
-                     lambda: data.finetune_transform(48, (0.5, 1.0), None, 0.0, flip)):
+        for make in (lambda: transforms.vqkd_transform(48, (0.5, 1.0), flip),
+                     lambda: transforms.mim_transform(48, scale=(0.5, 1.0), flip=flip),
+                     lambda: transforms.FinetuneTransform(48, (0.5, 1.0), None, 0.0, flip)):
             torch.manual_seed(0)
             transform = make()
             flipped = [bool(v[0, :, :8].float().mean() > v[0, :, -8:].float().mean()) for v in
@@ -190,25 +193,25 @@ def test_half_the_images_are_flipped_and_none_where_flip_is_off():
 
 
 def test_recipes_flip_half_of_the_images_and_erase_boxes_of_2_to_33_percent():
-    assert [t.flip for t in (data.vqkd_transform(48), data.mim_transform(48), data.finetune_transform(48).crop,
-                             data.segment_transform(48))] == [0.5] * 4
-    box = data.finetune_transform(48).box
+    assert [t.flip for t in (transforms.vqkd_transform(48), transforms.mim_transform(48), transforms.FinetuneTransform(48).crop,
+                             SegmentTransform(48))] == [0.5] * 4
+    box = transforms.FinetuneTransform(48).box
     assert box.scale == (0.02, 1 / 3) and box.ratio == (0.3, 1 / 0.3)
 
 
 def test_both_views_of_masked_image_modelling_show_one_window():
-    transform = data.mim_transform(48, 24)
+    transform = transforms.mim_transform(48, 24)
     for i in range(20):
         engine.seed_all(i)
         large, small = transform(photo(64, 64))
         assert large.shape == (3, 48, 48) and small.shape == (3, 24, 24)
         halved = torch.nn.functional.avg_pool2d(large.float(), 2)
         assert (halved - small.float()).abs().max() < 6      # the same place, colours and orientation
-    assert torch.is_tensor(data.mim_transform(48, 48)(photo()))           # one size, one tensor
+    assert torch.is_tensor(transforms.mim_transform(48, 48)(photo()))           # one size, one tensor
 
 
 def test_colour_jitter_acts_on_the_whole_image_before_the_crop(monkeypatch):
-    transform, seen = data.mim_transform(16), []
+    transform, seen = transforms.mim_transform(16), []
     for owner, name in ((data, "jitter"), (transform, "crop")):
         part = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda x, *how, name=name, part=part: (
@@ -216,7 +219,7 @@ def test_colour_jitter_acts_on_the_whole_image_before_the_crop(monkeypatch):
     transform(photo(60, 80))
     assert seen == [("jitter", (3, 60, 80), 0.4), ("crop", (3, 60, 80))]
     seen.clear()
-    data.mim_transform(16, color_jitter=0)(photo(60, 80))
+    transforms.mim_transform(16, color_jitter=0)(photo(60, 80))
     assert not seen
 
 
@@ -233,11 +236,11 @@ def test_colour_jitter_is_torchvisions_brightness_contrast_and_saturation_in_ran
             want = adjust[which](want, factors[which])
         orders.add(tuple(order))
         engine.seed_all(seed)
-        got = data.jitter(image, 0.4)
+        got = transforms.jitter(image, 0.4)
         assert got.dtype == torch.uint8
         torch.testing.assert_close(got.float(), 255 * want, atol=0.55, rtol=0)
         engine.seed_all(seed)
-        assert torch.equal(data.jitter(image.permute(1, 2, 0).contiguous().permute(2, 0, 1), 0.4), got)
+        assert torch.equal(transforms.jitter(image.permute(1, 2, 0).contiguous().permute(2, 0, 1), 0.4), got)
     assert len(orders) == 6
 
 
@@ -246,13 +249,13 @@ def test_colour_jitter_never_changes_the_hue_of_a_picture_or_the_image_it_was_gi
     image[0], image[1], image[2] = 140, 110, 80              # an orange: green half-way between blue and red
     for seed in range(20):
         torch.manual_seed(seed)
-        r, g, b = data.jitter(image, 0.4)[:, 0, 0].tolist()
+        r, g, b = transforms.jitter(image, 0.4)[:, 0, 0].tolist()
         assert r > g > b and abs((r - g) - (g - b)) <= 2
     assert image[0].eq(140).all() and image[1].eq(110).all()
 
 
 def test_fine_tuning_erases_a_quarter_of_the_images_with_normal_noise_after_normalisation():
-    transform = data.finetune_transform(64, scale=(1.0, 1.0), randaugment=None, flip=0.0)
+    transform = transforms.FinetuneTransform(64, scale=(1.0, 1.0), randaugment=None, flip=0.0)
     grey = torch.full((3, 64, 64), 100, dtype=torch.uint8)
     erased, values = [], []
     for i in range(600):
@@ -274,7 +277,7 @@ def test_fine_tuning_erases_a_quarter_of_the_images_with_normal_noise_after_norm
 
 
 def test_fine_tuning_uses_the_authors_randaugment():
-    augment = data.finetune_transform(48).augment
+    augment = transforms.FinetuneTransform(48).augment
     assert augment.num_layers == 2 and len(augment.ops) == 15 and augment.choice_weights is None     # with replacement
     for op in augment.ops:
         assert (op.prob, op.magnitude, op.magnitude_std) == (0.5, 9, 0.5)
@@ -284,7 +287,7 @@ def test_fine_tuning_uses_the_authors_randaugment():
 
 
 def test_randaugment_survives_the_strongest_posterizing():
-    transform = data.finetune_transform(48, erasing=0.0)
+    transform = transforms.FinetuneTransform(48, erasing=0.0)
     op = next(op for op in transform.augment.ops if op.name == "PosterizeIncreasing")
     op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0     # keeps 0 bits: black
     image = Image.fromarray(photo(48, 48).permute(1, 2, 0).numpy())
@@ -294,13 +297,13 @@ def test_randaugment_survives_the_strongest_posterizing():
 
 def test_evaluation_resizes_the_short_side_and_crops_the_centre():
     image = photo(300, 500)
-    out = data.eval_transform(224)(image)
+    out = transforms.EvalTransform(224)(image)
     assert out.shape == (3, 224, 224)
     # 256 / 300 of the size, centre 224 of 427 columns: red runs from 101.3 / 426.7 to 325.3 / 426.7 of 255.
     assert abs(out[0, 100, 0].item() - 101.3 / 426.7 * 255) < 2
     assert abs(out[0, 100, -1].item() - 325.3 / 426.7 * 255) < 2
     assert abs(out[1, 0, 100].item() - 16 / 256 * 255) < 2
-    whole = data.eval_transform(384)(image)                  # from 384 on the whole image is squeezed into the square
+    whole = transforms.EvalTransform(384)(image)                  # from 384 on the whole image is squeezed into the square
     assert whole.shape == (3, 384, 384) and whole[0, 0, 0] < 2 and whole[0, 0, -1] > 253
 
 
@@ -308,14 +311,14 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre():
 def test_the_centre_crop_leaves_the_margin_of_224_in_256(size, margin, monkeypatch):
     resize, sizes = VF.resize, []
     monkeypatch.setattr(VF, "resize", lambda image, to, **how: (sizes.append(to), resize(image, to, **how))[1])
-    data.eval_transform(size)(photo(300, 400))
+    transforms.EvalTransform(size)(photo(300, 400))
     assert sizes == [[margin]]
 
 
 def test_evaluation_shows_shapes_and_cifar_whole(shapes):
-    assert torch.equal(data.eval_transform(48)(shapes[0][0]), shapes[0][0])
+    assert torch.equal(transforms.EvalTransform(48)(shapes[0][0]), shapes[0][0])
     small = photo(32, 32)
-    out = data.eval_transform(48)(small)
+    out = transforms.EvalTransform(48)(small)
     assert out.shape == (3, 48, 48) and out[0, 0, 0] < 4 and out[0, 0, -1] > 251
 
 
@@ -323,34 +326,34 @@ def test_evaluation_shows_shapes_and_cifar_whole(shapes):
 @pytest.mark.parametrize("world_size,accumulation", [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 3)])
 def test_gathering_all_ranks_restores_the_batches_of_one_process(world_size, accumulation):
     n, batch, steps = 100, 24, 11
-    single = list(data.train_batches(n, batch, steps, seed=3))
-    ranks = [list(data.train_batches(n, batch, steps, rank=r, world_size=world_size, accumulation=accumulation, seed=3))
+    single = list(data.TrainBatches(n, batch, steps, seed=3))
+    ranks = [list(data.TrainBatches(n, batch, steps, rank=r, world_size=world_size, accumulation=accumulation, seed=3))
              for r in range(world_size)]
     for step in range(steps):
         gathered = [key for r in ranks for micro in r[step * accumulation:(step + 1) * accumulation] for key in micro]
         assert gathered == single[step]
     assert all(len(micro) == batch // world_size // accumulation for r in ranks for micro in r)
-    sampler = data.train_batches(n, batch, steps, rank=0, world_size=world_size, accumulation=accumulation)
+    sampler = data.TrainBatches(n, batch, steps, rank=0, world_size=world_size, accumulation=accumulation)
     assert len(sampler) == steps * accumulation
 
 
 def test_an_epoch_shows_no_image_twice_and_drops_the_incomplete_batch():
     n, batch = 50, 8                                         # 6 whole batches an epoch, 2 images left out
-    batches = list(data.train_batches(n, batch, steps=18))
+    batches = list(data.TrainBatches(n, batch, steps=18))
     orders = []
     for epoch in range(3):
         keys = [key for b in batches[epoch * 6:(epoch + 1) * 6] for key in b]
         assert {e for e, _ in keys} == {epoch} and len({i for _, i in keys}) == 48
         orders.append([i for _, i in keys])
     assert orders[0] != orders[1] and set(orders[0]) != set(orders[1])      # others are left out next time
-    assert list(data.train_batches(n, batch, steps=18, seed=1)) != batches
+    assert list(data.TrainBatches(n, batch, steps=18, seed=1)) != batches
 
 
 def test_resuming_continues_the_same_stream():
     options = dict(rank=1, world_size=2, accumulation=2, seed=4)
-    whole = list(data.train_batches(50, 8, 20, **options))
+    whole = list(data.TrainBatches(50, 8, 20, **options))
     for start in (0, 5, 6, 19, 20):
-        rest = data.train_batches(50, 8, 20, start_step=start, **options)
+        rest = data.TrainBatches(50, 8, 20, start_step=start, **options)
         assert list(rest) == whole[2 * start:] and len(rest) == len(whole) - 2 * start
 
 
@@ -364,9 +367,9 @@ def test_evaluation_counts_every_image_exactly_once(n, world_size):
 
 def test_batches_that_cannot_be_are_refused():
     with pytest.raises(engine.UserError, match="--batch-size"):
-        data.train_batches(10, 16, 1)
+        data.TrainBatches(10, 16, 1)
     with pytest.raises(ValueError, match="not divisible"):
-        data.train_batches(100, 16, 1, world_size=3)
+        data.TrainBatches(100, 16, 1, world_size=3)
 
 
 # -------------------------------------------------------------------------------------------------------------- CIFAR
@@ -472,8 +475,8 @@ def test_without_a_val_folder_a_share_of_train_is_held_out(tmp_path):
 
 
 def test_one_image_or_a_folder_can_be_opened_for_looking(tree):
-    assert len(data.open_images(tree)) == 12 and data.open_images(tree).names == sorted(data.open_images(tree).names)
-    one = data.open_images(tree / "val" / "dog" / "bild 0 ü.png", data.eval_transform(16))
+    assert len(open_images(tree)) == 12 and open_images(tree).names == sorted(open_images(tree).names)
+    one = open_images(tree / "val" / "dog" / "bild 0 ü.png", transforms.EvalTransform(16))
     assert len(one) == 1 and one[0][0].shape == (3, 16, 16) and one[0][1] == -1
 
 
@@ -497,7 +500,7 @@ def test_every_kind_of_image_becomes_eight_bit_rgb(tmp_path):
     save(tmp_path / "upright.jpg", Image.fromarray(red_left), exif=turned, quality=100, subsampling=0)
 
     def pixel(name, y, x):
-        image = data.read_image(tmp_path / name)
+        image = read_image(tmp_path / name)
         assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.permute(1, 2, 0).is_contiguous()
         return image[:, y, x].tolist()
 
@@ -507,14 +510,14 @@ def test_every_kind_of_image_becomes_eight_bit_rgb(tmp_path):
     assert pixel("alpha.png", 0, 0) == [200, 0, 0] and pixel("alpha.png", 7, 0) == [255] * 3
     assert pixel("palette.gif", 0, 0) == [255, 0, 0]
     assert np.allclose(pixel("cmyk.jpg", 4, 4), [255, 0, 0], atol=4)
-    assert data.read_image(tmp_path / "upright.jpg").shape == (3, 16, 8)
+    assert read_image(tmp_path / "upright.jpg").shape == (3, 16, 8)
     assert np.allclose(pixel("upright.jpg", 2, 4), [255, 0, 0], atol=8)      # what was left is now at the top
 
 
 def test_an_unreadable_image_is_named_with_the_remedy_also_from_a_worker(tree):
     broken = tree / "train" / "dog" / "broken.jpg"
     broken.write_bytes(b"this is no picture")
-    ds = data.open_data(str(tree), "train", data.eval_transform(8))
+    ds = data.open_data(str(tree), "train", transforms.EvalTransform(8))
     loader = data.make_loader(ds, data.eval_batches(len(ds), 4), 0, "cpu")
     with pytest.raises(engine.UserError, match="broken.jpg.*remove it"):
         list(loader)
@@ -525,7 +528,7 @@ def test_an_unreadable_image_is_named_with_the_remedy_also_from_a_worker(tree):
     save(broken, whole)
     broken.write_bytes(broken.read_bytes()[:800])                            # cut off half-way
     with pytest.raises(engine.UserError, match="broken.jpg"):
-        data.read_image(broken)
+        read_image(broken)
 
 
 def test_folders_that_cannot_be_used_say_what_is_missing(tree, tmp_path):
@@ -547,4 +550,4 @@ def test_folders_that_cannot_be_used_say_what_is_missing(tree, tmp_path):
     assert "holds no image" in message(tree) and "bird" in message(tree, "val")
     assert "--limit 0" in message("shapes", limit=0)
     with pytest.raises(engine.UserError, match="holds no image"):
-        data.open_images(tmp_path / "empty")
+        open_images(tmp_path / "empty")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from results import ablate
-from support import data
+from support.shapes import Shapes
 import pretrain
 import vqkd
 from conftest import log_lines, stage
@@ -141,5 +141,5 @@ def test_an_unknown_row_is_named(tmp_path):
 def test_shapes_are_drawn_once_for_all_rows():
     ablate.DrawnOnce.kept.clear()
     a, b = (ablate.DrawnOnce("val", limit=20) for _ in range(2))
-    assert a.arrays is b.arrays and torch.equal(a.images, data.Shapes("val", limit=20).images)
+    assert a.arrays is b.arrays and torch.equal(a.images, Shapes("val", limit=20).images)
     assert ablate.DrawnOnce("train", limit=20).arrays is not a.arrays

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from support import data
+from support.shapes import draw_shapes
 from support.run import contents
 from results import factors
 
@@ -116,11 +116,11 @@ def test_an_altered_object_stays_inside_the_picture(name):
 
 
 def test_no_change_draws_the_same_image_and_an_unknown_factor_is_refused():
-    plain = data.draw_shapes(0, "val", np.arange(20))
-    same = data.draw_shapes(0, "val", np.arange(20), change=dict(plain[3], noise=np.arange(20), **{"class": plain[2]}))
+    plain = draw_shapes(0, "val", np.arange(20))
+    same = draw_shapes(0, "val", np.arange(20), change=dict(plain[3], noise=np.arange(20), **{"class": plain[2]}))
     assert all((a == b).all() for a, b in zip(plain[:3], same[:3]))
     with pytest.raises(ValueError, match="mood"):
-        data.draw_shapes(0, "val", [0], change=dict(mood=[1]))
+        draw_shapes(0, "val", [0], change=dict(mood=[1]))
 
 
 def test_codes_of_the_class_alone_keep_everything_but_the_class():

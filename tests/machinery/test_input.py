@@ -18,7 +18,9 @@ from torch._utils import ExceptionWrapper
 from torchvision.transforms.v2 import functional as VF
 
 from results import ablate
-from support import data, engine
+from support import data, engine, transforms
+from support.scenes import SegmentTransform, open_scenes, read_labels
+from support.images import IMAGE_ENDINGS, find_images, open_class_folders, open_images, read_image, shown
 from results import factors
 import finetune
 import linprobe
@@ -102,7 +104,7 @@ def animated(path):
         p, Image.new("RGB", (4, 4), "red"), format="gif"), [255, 0, 0])])
 def test_an_image_of_any_kind_is_read_by_the_stated_rule(tmp_path, name, make, pixel):
     make(tmp_path / name)
-    image = data.read_image(tmp_path / name)
+    image = read_image(tmp_path / name)
     assert image.shape == (3, 4, 4) and image.dtype == torch.uint8
     assert (image.flatten(1).int() - torch.tensor(pixel)[:, None]).abs().max() <= 3 * name.endswith((".jpg", ".webp"))
 
@@ -116,20 +118,20 @@ def test_every_exif_orientation_ends_upright(tmp_path, turn):
     note = Image.Exif()
     note[0x0112] = turn
     save(tmp_path / "a.png", Image.fromarray(np.ascontiguousarray(stored)), exif=note)
-    assert (data.read_image(tmp_path / "a.png").permute(1, 2, 0).numpy() == upright).all()
+    assert (read_image(tmp_path / "a.png").permute(1, 2, 0).numpy() == upright).all()
 
 
 def test_a_damaged_exif_note_costs_neither_the_image_nor_a_warning(tmp_path):
     note, image = Image.Exif(), noise()
     note[0x0112], note[0x010F] = 3, "a camera"               # taken upside down
     image.save(tmp_path / "plain.jpg")
-    want = data.read_image(tmp_path / "plain.jpg")
+    want = read_image(tmp_path / "plain.jpg")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for raw, right in ((note.tobytes().replace(b"\x01\x0f", b"\x01\x01"), want.flip(1, 2)),      # text as a height
                            (note.tobytes()[:30], want), (b"Exif\0\0no note at all", want)):
             image.save(tmp_path / "a.jpg", exif=raw)
-            assert torch.equal(data.read_image(tmp_path / "a.jpg"), right)
+            assert torch.equal(read_image(tmp_path / "a.jpg"), right)
 
 
 @pytest.mark.parametrize("pixels, words", [
@@ -138,17 +140,17 @@ def test_a_damaged_exif_note_costs_neither_the_image_nor_a_warning(tmp_path):
     (np.full((4, 4), -1, np.int32), "32-bit")])
 def test_pixels_of_unknown_range_are_refused_so_that_none_is_infinite_or_nan(tmp_path, pixels, words):
     save(tmp_path / "a.tif", Image.fromarray(pixels))
-    assert words in sentence(data.read_image, tmp_path / "a.tif")
+    assert words in sentence(read_image, tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("ending", [e for e in data.IMAGE_ENDINGS if e not in (".jpeg", ".tiff", ".pgm")])
+@pytest.mark.parametrize("ending", [e for e in IMAGE_ENDINGS if e not in (".jpeg", ".tiff", ".pgm")])
 @pytest.mark.parametrize("share", [0, 0.3, 0.7, 0.97])
 def test_a_truncated_image_is_one_sentence_in_a_full_and_in_a_quick_look(tmp_path, ending, share):
     path = save(tmp_path / f"cut{ending}", noise(64, 64))
     contents = path.read_bytes()
     path.write_bytes(contents[:int(share * len(contents))])
     for draft in (False, True):
-        text = sentence(data.read_image, path, draft=draft)
+        text = sentence(read_image, path, draft=draft)
         assert text.startswith(f"cannot read the image {path} (") and text.endswith("remove it or replace it")
 
 
@@ -159,7 +161,7 @@ def test_a_truncated_image_is_one_sentence_in_a_full_and_in_a_quick_look(tmp_pat
     ids="text, dangling link, folder, link to itself, program for a printer, icon".split(", "))
 def test_what_is_no_picture_behind_an_images_ending_is_one_sentence(tmp_path, make):
     make(tmp_path / "x.jpg")
-    assert "x.jpg" in sentence(data.read_image, tmp_path / "x.jpg")
+    assert "x.jpg" in sentence(read_image, tmp_path / "x.jpg")
 
 
 def test_an_image_without_permission_is_one_sentence(tmp_path, monkeypatch):
@@ -167,7 +169,7 @@ def test_an_image_without_permission_is_one_sentence(tmp_path, monkeypatch):
     path.chmod(0)
     if os.geteuid() == 0:                                    # whom nothing is forbidden
         monkeypatch.setattr(Image, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
-    assert "x.png ([Errno 13] Permission denied" in sentence(data.read_image, path)
+    assert "x.png ([Errno 13] Permission denied" in sentence(read_image, path)
 
 
 # ---------------------------------------------------------------------------------------------------- extreme sizes
@@ -178,13 +180,13 @@ def test_a_file_that_unpacks_to_too_many_pixels_is_refused_before_it_takes_the_m
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it is being unpacked"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for read in (data.read_image, lambda path: data.read_labels(path, 150)):
+        for read in (read_image, lambda path: read_labels(path, 150)):
             assert "bomb.png (Image size" in sentence(read, tmp_path / "bomb.png")
 
 
-TRANSFORMS = {"vqkd": lambda: data.vqkd_transform(48), "mim": lambda: data.mim_transform(48),
-              "finetune": lambda: data.finetune_transform(48), "eval": lambda: data.eval_transform(48),
-              "eval 224": lambda: data.eval_transform(224), "eval 384": lambda: data.eval_transform(384)}
+TRANSFORMS = {"vqkd": lambda: transforms.vqkd_transform(48), "mim": lambda: transforms.mim_transform(48),
+              "finetune": lambda: transforms.FinetuneTransform(48), "eval": lambda: transforms.EvalTransform(48),
+              "eval 224": lambda: transforms.EvalTransform(224), "eval 384": lambda: transforms.EvalTransform(384)}
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -205,14 +207,14 @@ def test_an_image_of_any_size_becomes_a_small_square_and_nothing_large_on_the_wa
 
 def test_the_middle_of_a_strip_is_what_the_crop_of_the_whole_would_show():
     strip = torch.randint(256, (3, 9, 90), dtype=torch.uint8)
-    whole = VF.center_crop(VF.resize(strip, [256], **data.BICUBIC), [224, 224])
-    assert torch.equal(data.eval_transform(224)(strip), whole)
+    whole = VF.center_crop(VF.resize(strip, [256], **transforms.BICUBIC), [224, 224])
+    assert torch.equal(transforms.EvalTransform(224)(strip), whole)
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 2), (10, 20_000)])
 def test_a_scene_of_any_size_can_be_trained_on_and_predicted(height, width):
     image, labels = torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(height, width, dtype=torch.uint8)
-    out, target = data.segment_transform(48)(image, labels)
+    out, target = SegmentTransform(48)(image, labels)
     assert out.shape == (3, 48, 48) and target.shape == (48, 48)
     model = segment.UPerNet(ViT(48, 8, 24, 4, 3), 5, channels=8).eval()
     with torch.no_grad():
@@ -221,10 +223,10 @@ def test_a_scene_of_any_size_can_be_trained_on_and_predicted(height, width):
 
 def test_a_long_image_is_read_whole_and_an_image_smaller_than_a_patch_is_encoded(tmp_path):
     save(tmp_path / "long.png", Image.new("RGB", (20_000, 30), (1, 2, 3)))
-    assert data.read_image(tmp_path / "long.png").shape == (3, 30, 20_000)
+    assert read_image(tmp_path / "long.png").shape == (3, 30, 20_000)
     save(tmp_path / "dot.png", Image.new("RGB", (1, 1), (1, 2, 3)))
     ids = vqkd.build(vqkd.parse_args([]), [144]).encode(torch.stack([
-        data.open_images(tmp_path, data.eval_transform(48))[i][0] for i in range(2)]) / 255)
+        open_images(tmp_path, transforms.EvalTransform(48))[i][0] for i in range(2)]) / 255)
     assert ids.shape == (2, 36)
 
 
@@ -236,13 +238,13 @@ def test_a_folder_is_walked_into_whatever_its_name_and_other_files_are_passed_ov
         save(tmp_path / "a" / hidden, noise())
     for other in ("notes.txt", "1.npy", "png", "1.png.part"):
         (tmp_path / "a" / other).write_text("no image")
-    found = [os.path.relpath(path, tmp_path) for path in data.find_images(tmp_path)]
+    found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
     assert found == ["a/again/1.PNG", "a/x.jpg/1.PNG"]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
     def found():
-        return {os.path.relpath(path, tmp_path) for path in data.find_images(tmp_path)}
+        return {os.path.relpath(path, tmp_path) for path in find_images(tmp_path)}
 
     save(tmp_path / "a" / "1.png", noise())
     (tmp_path / "a" / "up").symlink_to(tmp_path)
@@ -291,10 +293,10 @@ def test_names_may_hold_anything_and_an_error_about_them_is_one_line(tmp_path, o
     root = fill(tmp_path / odd, (odd, "plain"), each=2)
     train = data.open_data(str(root), "train")
     assert train.classes == sorted([odd, "plain"]) and train.labels.tolist() == [0, 0, 1, 1]
-    assert len(data.open_class_folders(str(root / "val"))) == 4
+    assert len(open_class_folders(str(root / "val"))) == 4
     broken = root / "train" / odd / f"{odd}.png"
     broken.write_bytes(b"")
-    train = data.open_data(str(root), "train", data.eval_transform(16), labelled=False)
+    train = data.open_data(str(root), "train", transforms.EvalTransform(16), labelled=False)
 
     def main():
         try:
@@ -306,11 +308,11 @@ def test_names_may_hold_anything_and_an_error_about_them_is_one_line(tmp_path, o
         engine.run(main)
     line, = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and line.startswith("error: cannot read the image ") and "remove it" in line
-    assert data.shown(f"{odd}.png (") in line
-    for call in (lambda: data.open_data(str(broken), "train"), lambda: data.open_scenes(str(broken), "train"),
-                 lambda: data.open_class_folders(str(broken.parent)), lambda: data.open_data(str(root / "val"), "val"),
+    assert shown(f"{odd}.png (") in line
+    for call in (lambda: data.open_data(str(broken), "train"), lambda: open_scenes(str(broken), "train"),
+                 lambda: open_class_folders(str(broken.parent)), lambda: data.open_data(str(root / "val"), "val"),
                  lambda: finetune.columns_of(train_of(root), ["plain"], "x.pt")):
-        assert data.shown(odd) in sentence(call)
+        assert shown(odd) in sentence(call)
 
 
 def train_of(root):
@@ -319,8 +321,8 @@ def train_of(root):
 
 def test_ordinary_names_are_shown_as_they_are():
     for name in ("a b/ü'\"🐈.png", "C:\\pictures\\x.png"):
-        assert data.shown(name) == name
-    assert data.shown("a\nb") == "a\\nb" and data.shown(os.fsdecode(b"\xff")) == "\\udcff"
+        assert shown(name) == name
+    assert shown("a\nb") == "a\\nb" and shown(os.fsdecode(b"\xff")) == "\\udcff"
 
 
 @pytest.fixture
@@ -373,7 +375,7 @@ def test_unreadable_images_are_left_out_reported_and_listed_with_the_reason(tmp_
         assert all(dataset[i][0].shape == (3, 20, 20) for i in range(len(dataset)))
     file = tmp_path / "out" / "bad_images.txt"
     lines = file.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 3 and all(data.shown(path) in line for path, line in zip(bad, lines))
+    assert len(lines) == 3 and all(shown(path) in line for path, line in zip(bad, lines))
     assert "truncated" in lines[0] and "No such file" in lines[1] and "cannot identify" in lines[2]
     line, = capsys.readouterr().err.splitlines()
     assert "3 of 14 images" in line and str(bad[0]) in line and str(file) in line
@@ -393,7 +395,7 @@ def test_a_limit_chooses_first_and_bad_images_leave_it_smaller(tmp_path):
 def test_a_folder_without_any_readable_image_ends_the_run(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
-    text = sentence(data.leave_out_bad, options(tmp_path / "out", *SKIP), data.open_images(tmp_path))
+    text = sentence(data.leave_out_bad, options(tmp_path / "out", *SKIP), open_images(tmp_path))
     assert "none of the 3 images" in text and "0.png" in text
 
 
@@ -432,11 +434,11 @@ def scenes(root):
 
 
 def test_a_scene_is_left_out_with_its_label_map_where_either_is_damaged(tmp_path):
-    train = data.open_scenes(str(scenes(tmp_path)), "train", classes=2)
+    train = open_scenes(str(scenes(tmp_path)), "train", classes=2)
     data.leave_out_bad(options(tmp_path / "out", *SKIP), train)
     assert [os.path.basename(name) for name in train.paths] == [b"%d.jpg" % i for i in (0, 1, 2, 4, 6, 7, 8, 9)]
     assert all(train[i][1].shape == (40, 50) for i in range(8)) and len(train.targets) == 8
-    train = data.open_scenes(str(tmp_path), "train", classes=1)              # a wrong number is no damage:
+    train = open_scenes(str(tmp_path), "train", classes=1)              # a wrong number is no damage:
     data.leave_out_bad(options(tmp_path / "out", *SKIP), train)
     assert "give --classes" in sentence(lambda: train[2])                    # it ends the run
 

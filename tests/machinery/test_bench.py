@@ -4,14 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from extras import bench
 import vqkd
-from conftest import ROOT, stage
+from conftest import stage
 from support.engine import UserError
 from model import Attention, ViT, select
-from pretrain import BEiT, hidden_patches, mim_loss
+from pretrain import BEiT, hidden_patches
 
 ARGS = SimpleNamespace(batch_size=2, compile=False, checkpoint_activations=False)
 

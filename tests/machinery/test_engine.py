@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from support import data, engine, files, weights
+from support import data, engine, files
 from conftest import ROOT
 from support.engine import UserError
 from model import ViT
@@ -262,7 +262,7 @@ def test_a_gpu_is_waited_for_every_tenth_step_and_before_logging_or_saving_only(
 
 def test_the_images_of_an_update_follow_from_its_step():
     dataset = data.open_data("shapes", "train", limit=40)
-    loaded = list(data.train_batches(40, 8, 7, seed=3))
+    loaded = list(data.TrainBatches(40, 8, 7, seed=3))
     for step in (0, 6):
         assert data.names_of(dataset, 8, step, seed=3) == [f"shapes train {i}" for _, i in loaded[step]]
 
