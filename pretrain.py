@@ -353,7 +353,7 @@ def train(args):
             if logits_cls is not None:
                 facts |= dict(loss_cls=loss_cls, mask_acc_cls=accuracy(logits_cls, z))
             run.log(**facts, grad_norm=grad_norm)
-        if run.epoch_ends:
+        if run.evaluation_due:
             if commonest is None:                            # the tokenizer is frozen: count once
                 commonest = commonest_codes(tokenizer, train_set, run)
             result = evaluate(model, tokenizer, val_set, commonest, run)

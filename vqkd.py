@@ -287,7 +287,7 @@ def train(args):
             usage = codebook_usage(counts) if quantize else {}
             usage.pop("entropy", None)
             run.log(loss=loss, **parts, **usage)
-        if run.epoch_ends and quantize:
+        if run.evaluation_due and quantize:
             result = evaluate(model, teacher, val_set, run)
             run.log_evaluation(result)
     if before:

