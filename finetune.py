@@ -295,7 +295,7 @@ def open_set(name, split, transform, args, alone=False):
     return open_class_folders(root, transform, args.seed, args.limit)
 
 
-def open_sets(args):
+def open_sets(args, process):
     """-> (training images, held-out images or None where nothing is to be evaluated), with labels."""
     try:
         augment = transforms.FinetuneTransform(args.image_size, scale=(args.crop_scale, 1.0), erasing=args.erasing,
@@ -306,7 +306,7 @@ def open_sets(args):
     train_set, val_set = open_set(args.data, "train", augment, args, alone=not args.evaluations), None
     if args.evaluations:
         val_set = open_set(args.data, "val", transforms.EvalTransform(args.image_size), args)
-    data.leave_out_bad(args, train_set, val_set)
+    data.leave_out_bad(args, process, train_set, val_set)
     for dataset in filter(None, (train_set, val_set) if args.classes else ()):
         names = read_classes(args.classes)
         dataset.labels, dataset.classes = columns_of(dataset, names, args.classes)[dataset.labels], names
@@ -348,7 +348,7 @@ def evaluate(model, dataset, args, process, columns=None):
 def train(args, process):
     stage = stage_of(args)
     resumed = engine.start_or_resume(stage, args, process)
-    train_set, val_set = open_sets(args)
+    train_set, val_set = open_sets(args, process)
     if resumed and resumed["classes"] != list(train_set.classes):
         raise UserError(f"the classes of {args.data} are no longer those of the run in {args.out}: restore them, or "
                         f"add --fresh")
@@ -458,7 +458,7 @@ def robustness(args, process):
         columns = columns_of(dataset, names or dataset.classes, source)
         dataset.labels = columns[dataset.labels]
         sets.append((name, dataset, columns))
-    data.leave_out_bad(args, *[dataset for _, dataset, _ in sets])
+    data.leave_out_bad(args, process, *[dataset for _, dataset, _ in sets])
     log = engine.Log(args.out / "finetune_eval.jsonl", args, process, append=True)
     model, results = model.to(process.device), {}
     say, width = print if process.rank == 0 else lambda text: None, max(len(name) for name, _, _ in sets)

@@ -253,7 +253,7 @@ def probe(source, args, process, log):
     plain = transforms.EvalTransform(source.image_size)
     train_set = data.open_data(args.data, "train", plain, **open_)
     val_set = data.open_data(args.data, "val", plain, **open_)
-    data.leave_out_bad(args, train_set, val_set)
+    data.leave_out_bad(args, process, train_set, val_set)
     n, classes = len(train_set), len(train_set.classes)
     if n < 10:
         raise engine.UserError(f"{n} training images are too few to hold a tenth out: raise --limit or add images")
@@ -263,7 +263,7 @@ def probe(source, args, process, log):
     features, labels = extract(source, train_set, [(0, i) for i in torch.cat([fit, held]).tolist()], args, process)
     if args.augment:
         crops = copy.copy(train_set)                         # the same images, seen in another way
-        crops.transform = transforms.vqkd_transform(source.image_size)
+        crops.transform = transforms.VQKDTransform(source.image_size)
         views = [(view, i) for view in range(args.augment) for i in fit.tolist()]
         more = extract(source, crops, views, args, process)
     seconds = time.time() - begin

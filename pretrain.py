@@ -276,15 +276,15 @@ class StillViews:
         return tuple(views) if len(views) > 1 else views[0]
 
 
-def open_images(args, tokenizer):
+def open_images(args, run, tokenizer):
     """-> training images in random crops, held-out images; each with a mask."""
     size = args.image_size
     tokenizer_size = tokenizer.encoder.image_size[0]
     masks = tokenizer.encoder.grid, args.mask_patches, args.mask_min_block
-    crops = transforms.mim_transform(size, tokenizer_size, (args.crop_scale, 1.0), args.color_jitter)
+    crops = transforms.MIMTransform(size, tokenizer_size, (args.crop_scale, 1.0), args.color_jitter)
     train_set = data.open_split(args, "train", MaskedViews(crops, *masks))
     val_set = data.open_split(args, "val", MaskedViews(StillViews(size, tokenizer_size), *masks))
-    data.leave_out_bad(args, train_set, val_set)
+    data.leave_out_bad(args, run, train_set, val_set)
     return train_set, val_set
 
 
@@ -317,7 +317,7 @@ def train(args):
     run = Run("pretrain", args)
     tokenizer = open_tokenizer(args, run.device)
     codes = len(tokenizer.quantize.cluster_size)             # K
-    train_set, val_set = open_images(args, tokenizer)
+    train_set, val_set = open_images(args, run, tokenizer)
     commonest = None
 
     seed_all(args.seed)

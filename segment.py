@@ -309,14 +309,14 @@ def look_at_checkpoint(args, crop):
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-def open_sets(args):
+def open_sets(args, process):
     """-> (training images, held-out images), with label maps."""
     transform = SegmentTransform(args.image_size, args.jitter, distortion=args.distortion)
     few = min([n for n in (args.limit, args.train_images) if n], default=None)
     options = dict(classes=args.classes, seed=args.seed)
     train_set = open_scenes(args.data, "train", transform, limit=few, **options)
     val_set = open_scenes(args.data, "val", limit=args.limit, **options)
-    data.leave_out_bad(args, train_set, val_set)
+    data.leave_out_bad(args, process, train_set, val_set)
     return train_set, val_set
 
 
@@ -421,7 +421,7 @@ def draw(model, dataset, args, process, path, columns=10, cell=144):
 
 def train(args, process):
     resumed = engine.start_or_resume("segment", args, process)
-    train_set, val_set = open_sets(args)
+    train_set, val_set = open_sets(args, process)
     if resumed and resumed["classes"] != list(train_set.classes):
         raise UserError(f"the classes of {args.data} are no longer those of the run in {args.out}: restore them, or "
                         f"add --fresh")
@@ -538,7 +538,7 @@ def evaluate_file(args, process):
         other = ", of other names" if classes == len(dataset.classes) else ""
         raise UserError(f"{args.checkpoint} knows {classes} classes, {args.data} has {len(dataset.classes)}{other}: "
                         f"give the data of its training")
-    data.leave_out_bad(args, dataset)
+    data.leave_out_bad(args, process, dataset)
     result, iou, acc = evaluate(model.to(process.device), dataset, args, process)
     log = engine.Log(args.out / "segment_eval.jsonl", args, process, append=True)
     tell(args, process, log, dataset.classes, result, iou, acc, checkpoint=str(args.checkpoint), images=len(dataset))

@@ -379,10 +379,10 @@ def build(args, teacher_dims):
 def open_teacher_and_images(args, run):
     """-> the frozen teacher, training images in random crops, held-out images."""
     whole_image = transforms.EvalTransform(args.image_size)
-    crops = transforms.vqkd_transform(args.image_size, scale=(args.crop_scale, 1.0))
+    crops = transforms.VQKDTransform(args.image_size, scale=(args.crop_scale, 1.0))
     train_set = data.open_split(args, "train", whole_image if args.cache_teacher else crops)
     val_set = data.open_split(args, "val", whole_image)
-    data.leave_out_bad(args, train_set, val_set)
+    data.leave_out_bad(args, run, train_set, val_set)
     side = args.image_size // args.patch_size
     teacher = teachers.build_teacher(args.teacher, (side, side), args.patch_size, run.device)
     if args.cache_teacher:                   # features are computed once, and read from then on
@@ -461,7 +461,7 @@ def encode_files(args):
     process = join_processes(args.device)
     model = load_tokenizer(args.init or args.out / "vqkd.pt", process.device)
     dataset = open_images(args.encode, transforms.EvalTransform(model.encoder.image_size[0]))
-    data.leave_out_bad(args, dataset)
+    data.leave_out_bad(args, process, dataset)
     batches = data.eval_batches(len(dataset), 64)
     ids = []
     for images, _ in data.make_loader(dataset, batches, 0, process.device):

@@ -466,8 +466,8 @@ def bench_loader(args, device, tell):
     c = sizes(args.model)
     grid = (math.isqrt(c.N),) * 2
     tiny = args.model == "tiny"
-    crops = transforms.mim_transform(c.S, scale=(1.0, 1.0), color_jitter=0) if tiny else transforms.mim_transform(c.S)
-    views = dict(pixels=None, vqkd=transforms.vqkd_transform(c.S), finetune=transforms.FinetuneTransform(c.S),
+    crops = transforms.MIMTransform(c.S, scale=(1.0, 1.0), color_jitter=0) if tiny else transforms.MIMTransform(c.S)
+    views = dict(pixels=None, vqkd=transforms.VQKDTransform(c.S), finetune=transforms.FinetuneTransform(c.S),
                  linprobe=transforms.EvalTransform(c.S),
                  pretrain=pretrain.MaskedViews(crops, grid, c.M, max(1, c.N * 16 // 196)))
     if tiny:

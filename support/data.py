@@ -1,19 +1,17 @@
-"""Images in, batches out: built-in shapes, CIFAR, folders, segmentation folders, transforms, who gets which image when.
+"""From a name to batches: open a data set, leave out bad images, say who gets which image when.
 
-    open_data   -> data set -> make_loader(train_batches or eval_batches) -> images (B, 3, H, W) uint8, labels (B,)
-    open_scenes -> data set -> the same, with a label for every pixel: labels (B, H, W)
+    open_data -> data set -> make_loader(data set, TrainBatches or eval_batches)
+              -> images (B, 3, H, W), labels (B,)
 
-Between functions an image is uint8 RGB (3, H, W). Everything random follows from numbers one can write down: shape i
-from (seed, split, i), the order of an epoch from (seed, epoch), the augmentation of a sample from (seed, epoch, index).
-So the number of workers or processes and a killed run change nothing, and resuming needs no saved generator.
+Images stay uint8 until they are on the device; to_float then makes them [0, 1].
 
-Read in this order: Images, draw_shapes, Cifar, Folder, the four transforms, SegmentTransform, Scenes, TrainBatches.
+Everything random follows from numbers one can write down: the order of an epoch from (seed,
+epoch), the augmentation of a sample from (seed, epoch, index). So the number of workers and of
+processes changes nothing, and a run that goes on needs no saved generator.
 """
-# Shapes used in this file:  n images in a data set, c images drawn in one pass, S side of a shapes image
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,37 +24,42 @@ from support.images import Cifar, Folder, shown
 from support.shapes import Shapes
 
 
-def open_data(name, split, transform=None, *, data_dir="datasets", download=False, limit=None, seed=0, labelled=True):
-    """The data set behind --data: "shapes" (also "shapes:noise" and so on), "cifar10", "cifar100" or a folder; split
-    "train" or "val".
+# --- opening --------------------------------------------------------------------------------------
+def open_data(name, split, transform=None, *, data_dir="datasets", download=False, limit=None,
+              seed=0, labelled=True):
+    """The data set behind --data, split "train" or "val".
 
-    ds[(epoch, index)] -> (transformed image, label), label -1 where there is none. limit keeps so many images.
+    name: "shapes" (or "shapes:noise" and the other SHIFTS), "cifar10", "cifar100" or a folder.
+    ds[(epoch, index)] -> (transformed image, label); the label is -1 if there is none.
+    limit keeps so many images. UserError if there is no such data set.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is 'train' or 'val', not {split!r}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves no image: give 1 or more")
-    if name.split(":")[0] == "shapes":                       # shapes, or shapes:noise and the other SHIFTS
-        return Shapes(split, transform, seed, limit, shift=name[7:] or None)
+    kind, _, shift = name.partition(":")
+    if kind == "shapes":
+        return Shapes(split, transform, seed, limit, shift=shift or None)
     if name in ("cifar10", "cifar100"):
         return Cifar(name, split, transform, seed, limit, data_dir, download)
     if not os.path.isdir(name):
-        raise UserError(f"--data {shown(name)}: there is no such folder; give shapes, cifar10, cifar100 or a folder "
-                        f"with train/CLASS/* and val/CLASS/* (ImageNet: from image-net.org, laid out that way)")
+        raise UserError(
+            f"--data {shown(name)}: there is no such folder; give shapes, cifar10, cifar100 or a "
+            f"folder with train/CLASS/* and val/CLASS/* (ImageNet: from image-net.org, laid out "
+            f"that way)")
     return Folder(name, split, transform, seed, limit, labelled)
 
 
-# -------------------------------------------------------------------------------------------------- built-in: shapes
 def open_split(args, split, transform, labelled=False):
-    """open_data with a stage's flags."""
+    """open_data with a stage's flags. CIFAR holds both splits in one file: fetched with train."""
     download = args.download and split == "train"
-    return open_data(args.data, split, transform, data_dir=args.data_dir, download=download, limit=args.limit,
-                     seed=args.seed, labelled=labelled)
+    return open_data(args.data, split, transform, data_dir=args.data_dir, download=download,
+                     limit=args.limit, seed=args.seed, labelled=labelled)
 
 
-# ------------------------------------------------------------------------------------------------- unreadable images
+# --- unreadable images ----------------------------------------------------------------------------
 class Look(Dataset):
-    """look[index] -> why picture file `index` of a data set cannot be read, as a sentence; "" where it can."""
+    """look[index] -> why image `index` of a data set cannot be read; "" if it can."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -69,135 +72,181 @@ class Look(Dataset):
         return ""
 
 
-def leave_out_bad(args, *datasets):
-    """--on-bad-image skip: read every picture file of these data sets once, and take those out that cannot be read; all
-    of them, with the reasons, stand in OUT/bad_images.txt.
+def look_at_all(dataset, workers, process):
+    """-> the reason why it cannot be read, or "", of every image. Each process reads its share."""
+    batches = eval_batches(len(dataset), 64, process.rank, process.world_size)
+    loader = make_loader(Look(dataset), batches, workers, "cpu")
+    share = [reason for batch in loader for reason in batch]
+    if process.world_size == 1:
+        return share
+    shares = [None] * process.world_size
+    dist.all_gather_object(shares, share)
+    return sum(shares, [])
 
-    At the start and not when a batch meets one: so an epoch has one length, an evaluation counts each readable image
-    once, and a run that goes on meets the same images. Each process reads its share and hears of all."""
-    datasets = [dataset for dataset in datasets if hasattr(dataset, "paths")]            # shapes and CIFAR have none
+
+def leave_out_bad(args, process, *datasets):
+    """--on-bad-image skip: take the images that cannot be read out of these data sets.
+
+    OUT/bad_images.txt lists them with the reasons. UserError if no image of a data set is left.
+
+    All files are read once at the start, and not when a batch meets a bad one. So an epoch has one
+    length, an evaluation counts each readable image once, and a resumed run meets the same images.
+    """
+    datasets = [dataset for dataset in datasets if hasattr(dataset, "paths")]    # picture files
     if args.on_bad_image == "stop" or not datasets:
         return
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    total, bad = sum(map(len, datasets)), []
+    total = sum(map(len, datasets))
+    titles, reasons_of_bad = [], []
     for dataset in datasets:
-        batches = eval_batches(len(dataset), 64, rank, processes)
-        shares = [[reason for part in make_loader(Look(dataset), batches, args.workers, "cpu") for reason in part]]
-        if processes > 1:
-            share, shares = shares[0], [None] * processes
-            dist.all_gather_object(shares, share)
-        reasons = sum(shares, [])                            # of all images, "" for each good one
+        reasons = look_at_all(dataset, args.workers, process)
         good = np.array([not reason for reason in reasons])
         if not good.any():
-            raise UserError(f"none of the {len(good)} images of {shown(dataset.name)} can be read: {reasons[0]}")
-        bad += [(dataset.title(i), reasons[i]) for i in np.flatnonzero(~good)]
+            raise UserError(f"none of the {len(good)} images of {shown(dataset.name)} can be read: "
+                            f"{reasons[0]}")
+        titles += [dataset.title(i) for i in np.flatnonzero(~good)]
+        reasons_of_bad += [reason for reason in reasons if reason]
         for name in ("paths", "targets", "labels"):
             if getattr(dataset, name, None) is not None:
                 setattr(dataset, name, getattr(dataset, name)[good])
-    if rank > 0:
-        return
     file = Path(args.out, "bad_images.txt")
+    if process.is_main:
+        write_list(file, reasons_of_bad)
+    if titles:
+        some = ", ".join(titles[:3] + ["..."] * (len(titles) > 3))
+        process.warn(f"{len(titles)} of {total} images cannot be read and are left out ({some}); "
+                     f"{file} says why")
+
+
+def write_list(file, lines):
+    """Write these lines; without any, remove the file that an earlier run left."""
     try:
         file.unlink(missing_ok=True)
-        if bad:
+        if lines:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(f"{reason}\n" for _, reason in bad), encoding="utf-8")
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {shown(file)} ({error.strerror}): choose another --out") from error
-    if bad:
-        some = ", ".join(title for title, _ in bad[:3]) + ", ..." * (len(bad) > 3)
-        print(f"warning: {len(bad)} of {total} images cannot be read and are left out ({some}); {file} says why",
-              file=sys.stderr, flush=True)
+        raise UserError(f"cannot write {shown(file)} ({error.strerror}): "
+                        f"choose another --out") from error
 
 
-# ---------------------------------------------------------------------------------------------- who gets which image
+# --- how many steps, who gets which image ---------------------------------------------------------
 def steps_per_epoch(images, batch_size):
     """An incomplete last batch of an epoch is dropped."""
     if images < batch_size:
-        raise UserError(f"{images} training images do not fill one batch of {batch_size}: lower --batch-size")
+        raise UserError(f"{images} training images do not fill one batch of {batch_size}: "
+                        f"lower --batch-size")
     return images // batch_size
 
 
 def resolve_steps(args, images):
     """-> (steps, warmup_steps, steps_per_epoch)"""
     per_epoch = steps_per_epoch(images, args.batch_size)
-    steps = args.steps or args.epochs * per_epoch            # a run cut short keeps the recipe's share of warm-up:
-    warmup = round(args.warmup_epochs * (args.steps / args.epochs if args.steps else per_epoch))
-    return steps, min(warmup, steps - 1), per_epoch
+    if args.steps:                           # a run cut short keeps the recipe's share of warm-up
+        steps = args.steps
+        warmup = args.warmup_epochs * (args.steps / args.epochs)
+    else:
+        steps = args.epochs * per_epoch
+        warmup = args.warmup_epochs * per_epoch
+    return steps, min(round(warmup), steps - 1), per_epoch
 
 
 def split_batch(batch_size, micro_batch, world_size):
-    """-> (micro batch, accumulation): one update of `batch_size` as world_size * accumulation * micro images."""
+    """-> (micro batch, accumulation): batch_size = world_size * accumulation * micro batch.
+
+    micro_batch, if given, is the largest that fits into memory.
+    """
     if batch_size % world_size:
-        raise UserError(f"--batch-size {batch_size} is not a multiple of the {world_size} processes")
+        raise UserError(f"--batch-size {batch_size} is not a multiple of the {world_size} "
+                        f"processes")
     per_rank = batch_size // world_size
     accumulation = max(1, math.ceil(per_rank / (micro_batch or per_rank)))
-    while per_rank % accumulation:           # equal parts, so that a mean of means is the mean
+    while per_rank % accumulation:           # equal parts: the mean of their means is the mean
         accumulation += 1
     return per_rank // accumulation, accumulation
 
 
-def names_of(dataset, batch_size, step, seed):
-    """What the images of one update are called: the path where there is one. For a sentence about that update."""
-    batch, = TrainBatches(len(dataset), batch_size, step + 1, step, seed=seed)
-    return [dataset.title(index) for _, index in batch]
-
-
 class TrainBatches:
-    """For every step from start_step on, `accumulation` lists of (epoch, index): the micro-batches of this rank.
+    """For each step from start_step on, `accumulation` lists of (epoch, index) for this rank.
 
-    The order of an epoch is a function of (seed, epoch); its last incomplete batch is dropped. A rank holds a
-    contiguous slice of the whole batch, a micro-batch a slice of that: gathering restores the order of one process."""
+    The order of an epoch is a function of (seed, epoch); its incomplete last batch is dropped. A
+    rank holds a contiguous slice of the whole batch, and a micro-batch a slice of that. So
+    gathering all of them restores the batch of a single process.
+    """
 
-    def __init__(self, n, batch_size, steps, start_step=0, rank=0, world_size=1, accumulation=1, seed=0):
-        if n < batch_size:
-            raise UserError(f"{n} training images do not fill a batch of {batch_size}: lower --batch-size")
+    def __init__(self, n, batch_size, steps, start_step=0, rank=0, world_size=1, accumulation=1,
+                 seed=0):
         if batch_size % (world_size * accumulation):
-            raise ValueError(f"batch size {batch_size} is not divisible by {world_size} ranks x {accumulation} parts")
-        self.n, self.batch_size, self.steps, self.start_step, self.seed = n, batch_size, steps, start_step, seed
-        self.rank, self.accumulation, self.micro = rank, accumulation, batch_size // (world_size * accumulation)
+            raise ValueError(f"batch size {batch_size} is not divisible by {world_size} ranks x "
+                             f"{accumulation} parts")
+        self.n = n
+        self.per_epoch = steps_per_epoch(n, batch_size)
+        self.batch_size = batch_size
+        self.steps = steps
+        self.start_step = start_step
+        self.rank = rank
+        self.accumulation = accumulation
+        self.micro_batch = batch_size // (world_size * accumulation)
+        self.seed = seed
 
     def __len__(self):
         return max(0, self.steps - self.start_step) * self.accumulation
 
     def __iter__(self):
-        per_epoch, drawn = self.n // self.batch_size, None
+        drawn = None
         for step in range(self.start_step, self.steps):
-            epoch, place = divmod(step, per_epoch)
+            epoch, place = divmod(step, self.per_epoch)
             if epoch != drawn:
-                order = torch.randperm(self.n, generator=torch.Generator().manual_seed(1_000_003 * self.seed + epoch))
+                generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+                order = torch.randperm(self.n, generator=generator)
                 drawn = epoch
-            first = place * self.batch_size + self.rank * self.accumulation * self.micro
-            for start in range(first, first + self.accumulation * self.micro, self.micro):
-                yield [(epoch, i) for i in order[start:start + self.micro].tolist()]
+            first = place * self.batch_size + self.rank * self.accumulation * self.micro_batch
+            for k in range(self.accumulation):
+                start = first + k * self.micro_batch
+                yield [(epoch, i) for i in order[start:start + self.micro_batch].tolist()]
+
+
+def names_of(dataset, batch_size, step, seed):
+    """The titles of the images of one update, for a sentence about that update."""
+    batch, = TrainBatches(len(dataset), batch_size, step + 1, step, seed=seed)
+    return [dataset.title(index) for _, index in batch]
 
 
 def eval_batches(n, batch_size, rank=0, world_size=1):
-    """Lists of indices: the contiguous share of this rank; over all ranks every image exactly once, without padding."""
-    # Differs from the recipe, which fills up the last shares with images that then count twice.
-    first, last = n * rank // world_size, n * (rank + 1) // world_size
-    return [list(range(i, min(i + batch_size, last))) for i in range(first, last, batch_size)]
+    """Lists of indices: the contiguous share of this rank. All ranks together have each image once.
+
+    Differs from the recipe, which fills up the last shares with images that then count twice.
+    """
+    first = n * rank // world_size
+    last = n * (rank + 1) // world_size
+    starts = range(first, last, batch_size)
+    return [list(range(start, min(start + batch_size, last))) for start in starts]
+
+
+# --- loading --------------------------------------------------------------------------------------
+def make_loader(dataset, batches, workers, device):
+    """A DataLoader over ready-made lists of keys. Workers live as long as the loader."""
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None, worker_init_fn=leave_ctrl_c_alone,
+        pin_memory=torch.device(device).type == "cuda",      # a GPU fetches pinned pages faster
+        generator=torch.Generator())         # else it would draw from the training loop's generator
+
+
+def leave_ctrl_c_alone(worker):
+    """Ctrl-C reaches all processes of a terminal. The training loop handles it, not its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_float(images, device):
-    """uint8 images to float32 in [0, 1] on the device: they travel as bytes, a quarter of the size. Floats stay."""
+    """uint8 images -> float32 in [0, 1] on the device; float images stay as they are.
+
+    Images travel as bytes, a quarter of the size.
+    """
     images = images.to(device, non_blocking=True)
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 def zeros_to_sum(n, device):
-    """Where n numbers are added up over a data set: float64, but on mps, which has none."""
-    return torch.zeros(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-
-
-def leave_ctrl_c_alone(worker):
-    """Ctrl-C reaches all processes of a terminal; the training loop decides what becomes of it, not its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def make_loader(dataset, batches, workers, device):
-    """A DataLoader over ready-made batches. Workers stay alive; pages are pinned where a GPU fetches them."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
-                      prefetch_factor=4 if workers else None, pin_memory=torch.device(device).type == "cuda",
-                      worker_init_fn=leave_ctrl_c_alone,
-                      generator=torch.Generator())           # its own, or it would draw from that of the training loop
+    """n zeros for adding up over a data set: float64, except on mps, which has none."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros(n, dtype=dtype, device=device)

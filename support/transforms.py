@@ -1,140 +1,185 @@
 """What each stage does to an image before a network sees it.
-"""
 
+    VQKDTransform      stage 1: a random window, flipped half of the time
+    MIMTransform       stage 2: colours shaken, then one window for the backbone and the tokenizer
+    FinetuneTransform  stage 3: a random window, RandAugment, erasing
+    EvalTransform      every stage, without chance: the centre, or the whole of a small image
+
+An image is (3, H, W) uint8 before and after, apart from erasing, which gives float32 in [0, 1].
+Every draw comes from torch's global generator (RandAugment: also from `random` and numpy); the
+data set seeds all of them before each image. torchvision is slow to import, so each function
+imports it when it is called. Segmentation moves images and label maps alike: scenes.py.
+"""
 import torch
 
 from model import IMAGENET_MEAN, IMAGENET_STD
 
-NEAREST, BILINEAR = 0, 2                     # interpolations have Pillow's numbers there
+# Interpolations have Pillow's numbers here, and BICUBIC computes as Pillow, which the authors use.
+NEAREST, BILINEAR = 0, 2
+BICUBIC = dict(interpolation=3, antialias=True)
 
-BICUBIC = dict(interpolation=3, antialias=True)      # as Pillow's, which the authors use
 
-
-# -------------------------------------------------------------------------------------------------------- transforms
 class RandomCrop:
-    """A window of random area (`scale` of the image) and aspect (3/4 to 4/3; ten tries, then the central crop), resized
-    (bicubic) once to each of `sizes`; then flipped with probability `flip`. One tensor for one size, else a tuple.
-    Of a square image a scale of 1 leaves nothing to draw: ten tries miss the aspect, then it is taken whole."""
+    """A random window, resized (bicubic) to each of `sizes`: a tensor for one size, else a tuple.
 
-    def __init__(self, sizes, scale, flip):
+    The window has an area of `scale` times the image's and an aspect of 3/4 to 4/3. After ten
+    draws that do not fit into the image, it is the centre.
+    """
+
+    def __init__(self, sizes, scale):
         from torchvision.transforms import v2
-        self.window, self.sizes, self.flip = v2.RandomResizedCrop(sizes[0], scale), sizes, flip
+        self.window = v2.RandomResizedCrop(sizes[0], scale)
+        self.sizes = sizes
 
     def __call__(self, image):
         from torchvision.transforms.v2 import functional as VF
-        whole = self.window.scale[0] == 1 and image.shape[-2] == image.shape[-1]
-        window = dict(top=0, left=0, height=image.shape[-2], width=image.shape[-1]) if whole else (
-            self.window.make_params([image]))
-        views = [VF.resized_crop(image, **window, size=[size, size], **BICUBIC) for size in self.sizes]
-        if torch.rand(()) < self.flip:
-            views = [view.flip(-1) for view in views]
-        return views[0] if len(views) == 1 else tuple(views)
+        height, width = image.shape[-2:]
+        if self.window.scale[0] == 1 and height == width:
+            # Only the whole image has its own area, so there is nothing to draw.
+            window = dict(top=0, left=0, height=height, width=width)
+        else:
+            window = self.window.make_params([image])
+        views = []
+        for size in self.sizes:
+            views.append(VF.resized_crop(image, **window, size=[size, size], **BICUBIC))
+        return tuple(views) if len(views) > 1 else views[0]
 
 
-def vqkd_transform(size, scale=(0.08, 1.0), flip=0.5):
-    """Stage 1: random resized crop -> flip. No colour jitter."""
-    return RandomCrop([size], scale, flip)
+class VQKDTransform:
+    """Stage 1: random window -> flip. No colour jitter."""
+
+    def __init__(self, size, scale=(0.08, 1.0)):
+        from torchvision.transforms import v2
+        self.crop = RandomCrop([size], scale)
+        self.flip = v2.RandomHorizontalFlip(0.5)
+
+    def __call__(self, image):
+        return self.flip(self.crop(image))
 
 
 def jitter(image, strength):
-    """Brightness, contrast and saturation of an image (3, H, W) uint8, each times U(1 - strength, 1 + strength), in
-    random order. Contrast is the distance from the image's mean grey, saturation that from the pixel's own grey.
+    """Shake brightness, contrast and saturation of an image (3, H, W) uint8, in random order.
 
-    Written out, as this is most of the loader's work: five times faster than torchvision's on 500 x 375 pixels, since
-    numbers become bytes once. Differs from the recipe, which rounds after each of the three: by a few levels."""
-    order, factors = torch.randperm(3).tolist(), (1 + strength * (2 * torch.rand(3) - 1)).tolist()
+    Each is multiplied by a factor U(1 - strength, 1 + strength). Contrast is the distance from the
+    image's mean grey, saturation the distance from the pixel's own grey.
+
+    Differs from the recipe, torchvision's ColorJitter, which rounds to bytes after each of the
+    three. We round once. The result differs by a few levels and takes half the time (at 375 x 375
+    pixels 0.6 instead of 1.4 ms), and this is most of the loader's work.
+    """
+    order = torch.randperm(3).tolist()
+    factors = (1 + strength * (2 * torch.rand(3) - 1)).tolist()
     x = image.to(torch.float32, memory_format=torch.contiguous_format)
     for which in order:
         factor = factors[which]
-        if which == 0:
+        if which == 0:                                       # brightness
             x.mul_(factor)
         else:
-            grey = 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]            # (H, W)
-            x.mul_(factor).add_(grey.mean() if which == 1 else grey, alpha=1 - factor)
+            grey = 0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]                    # (H, W)
+            if which == 1:                                   # contrast; saturation keeps `grey`
+                grey = grey.mean()
+            x.mul_(factor).add_(grey, alpha=1 - factor)
         x.clamp_(0, 255)
     return x.round_().to(torch.uint8)
 
 
 class MIMTransform:
-    """Stage 2: colour jitter of the WHOLE image (no hue) -> flip -> ONE window, resized for the backbone and for the
-    tokenizer, so that patch i is the same place in both; where both take one size, one tensor serves both."""
+    """Stage 2: colour jitter (no hue) of the WHOLE image -> flip -> one random window.
 
-    def __init__(self, sizes, scale, color_jitter, flip):
-        self.color_jitter, self.flip, self.crop = color_jitter, flip, RandomCrop(sizes, scale, 0.0)
+    The window is resized for the backbone and for the tokenizer, so that patch i is the same place
+    in both: (view of `size`, view of `tokenizer_size`). If both sizes are equal, the result is one
+    tensor that serves both.
+    """
+
+    def __init__(self, size, tokenizer_size=None, scale=(0.2, 1.0), color_jitter=0.4):
+        from torchvision.transforms import v2
+        same = tokenizer_size in (None, size)
+        self.color_jitter = color_jitter
+        self.flip = v2.RandomHorizontalFlip(0.5)
+        self.crop = RandomCrop([size] if same else [size, tokenizer_size], scale)
 
     def __call__(self, image):
         if self.color_jitter:
             image = jitter(image, self.color_jitter)
-        if torch.rand(()) < self.flip:
-            image = image.flip(-1)
-        return self.crop(image)
-
-
-def mim_transform(size, tokenizer_size=None, scale=(0.2, 1.0), color_jitter=0.4, flip=0.5):
-    return MIMTransform([size] if tokenizer_size in (None, size) else [size, tokenizer_size], scale, color_jitter, flip)
+        return self.crop(self.flip(image))
 
 
 def posterize(image, bits, **_):
-    """timm asks for 0 bits at magnitude 10: black, as Pillow made it when the authors ran this. Pillow 13 refuses 0."""
-    from PIL import Image, ImageOps
-    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+    """Keep `bits` bits of each channel. timm asks for 0 at magnitude 10, which Pillow 13 refuses:
+    a black image, as Pillow made it when the authors ran this."""
+    from torchvision.transforms.v2 import functional as VF
+    return VF.to_pil_image(VF.posterize(VF.pil_to_tensor(image), bits))
+
+
+def rand_augment(recipe):
+    """timm's RandAugment as the authors call it: shifts of up to 0.45 of the side, holes filled
+    with the mean colour, bicubic. torchvision's magnitude 9 has another strength."""
+    from timm.data.auto_augment import rand_augment_transform
+    mean_colour = tuple(round(255 * m) for m in IMAGENET_MEAN)
+    augment = rand_augment_transform(recipe, dict(
+        translate_pct=0.45, img_mean=mean_colour, interpolation=BICUBIC["interpolation"]))
+    for op in augment.ops:
+        if op.name == "PosterizeIncreasing":
+            op.aug_fn = posterize
+    return augment
 
 
 class FinetuneTransform:
-    """Stage 3: random resized crop -> flip -> RandAugment -> erasing. Result: uint8 without erasing, else float32.
+    """Stage 3: random window -> flip -> RandAugment (None: without) -> erasing.
 
-    RandAugment is timm's, as the authors call it (moves of up to 0.45 of the side, holes filled with the mean colour,
-    bicubic): torchvision's magnitude 9 is another strength. Erasing (one box of 2 to 33 % of the area, aspect 0.3 to
-    1/0.3) sets pixels to N(0, 1) AFTER mean and std are taken off: mean + std * N(0, 1) where images are in [0, 1]."""
+    An image is erased with probability `erasing`: one box of 2 to 33 % of the area, aspect 0.3 to
+    1/0.3, filled with N(0, 1) AFTER mean and std are taken off. Images are in [0, 1] here, so the
+    box holds mean + std * N(0, 1). With erasing 0 the result is uint8, else float32.
+    """
 
-    def __init__(self, size, scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erasing=0.25, flip=0.5):
+    def __init__(self, size, scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erasing=0.25):
         from torchvision.transforms import v2
-        self.crop, self.augment, self.erasing = RandomCrop([size], scale, flip), None, erasing
-        if randaugment:
-            from timm.data.auto_augment import rand_augment_transform
-            fill = tuple(round(255 * m) for m in IMAGENET_MEAN)
-            self.augment = rand_augment_transform(        # 3: bicubic, in Pillow's numbers
-                randaugment, dict(translate_pct=0.45, img_mean=fill, interpolation=3))
-            for op in self.augment.ops:
-                if op.name == "PosterizeIncreasing":
-                    op.aug_fn = posterize
+        self.crop = RandomCrop([size], scale)
+        self.flip = v2.RandomHorizontalFlip(0.5)
+        self.augment = rand_augment(randaugment) if randaugment else None
+        self.erasing = erasing
         self.box = v2.RandomErasing(1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
 
     def __call__(self, image):
         from torchvision.transforms.v2 import functional as VF
-        image = self.crop(image)
+        image = self.flip(self.crop(image))
         if self.augment:
             image = VF.pil_to_tensor(self.augment(VF.to_pil_image(image)))
         if not self.erasing:
             return image
         image = image.float() / 255
         if torch.rand(()) < self.erasing:
-            box = self.box.make_params([image])              # i, j, h, w, and v: N(0, 1) noise (3, h, w)
-            if box["v"] is not None:
-                mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-                image = VF.erase(image, **{**box, "v": mean + std * box["v"]})
+            box = self.box.make_params([image])              # i, j, h, w, and v: noise (3, h, w)
+            if box["v"] is not None:                         # None: no box fits (images of 1 pixel)
+                mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+                std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+                box["v"] = mean + std * box["v"]
+                image = VF.erase(image, **box)
         return image
 
 
-
 class EvalTransform:
-    """Resize the shorter side to 256/224 of `size` (bicubic) -> crop the centre; from 384 on straight to size x size.
+    """Resize the shorter side to 256/224 of `size` (bicubic) -> crop the centre, size x size.
 
-    Differs from the recipe for images of at most 64 px a side (shapes, CIFAR): they are shown whole, since their
-    objects fill them to the edge; and one that has the size already is left untouched."""
+    From 384 pixels on, the whole image is resized to size x size instead.
+    Differs from the recipe for images of at most 64 px a side (shapes, CIFAR): they are shown
+    whole, since their objects fill them to the edge. An image that has the size already is left
+    untouched.
+    """
 
     def __init__(self, size):
         self.size = size
 
     def __call__(self, image):
-        size, whole = [self.size, self.size], self.size >= 384 or max(image.shape[-2:]) <= 64
-        if whole and list(image.shape[-2:]) == size:
-            return image
         from torchvision.transforms.v2 import functional as VF
-        if whole:
-            return VF.resize(image, size, **BICUBIC)
-        longest = 8 * min(image.shape[-2:])                  # of a strip, say 20,000 x 10, the crop shows the middle:
-        if max(image.shape[-2:]) > longest:                  # enlarged as a whole it would fill the memory
-            image = VF.center_crop(image, [min(side, longest) for side in image.shape[-2:]])
-        return VF.center_crop(VF.resize(image, [self.size * 256 // 224], **BICUBIC), size)
-
+        shape = list(image.shape[-2:])
+        square = [self.size, self.size]
+        if self.size >= 384 or max(shape) <= 64:
+            return image if shape == square else VF.resize(image, square, **BICUBIC)
+        # Of a strip, say 20,000 x 10, the crop shows the middle. We cut it before resizing:
+        # enlarged as a whole, the strip would fill the memory.
+        longest = 8 * min(shape)
+        if max(shape) > longest:
+            image = VF.center_crop(image, [min(side, longest) for side in shape])
+        image = VF.resize(image, [self.size * 256 // 224], **BICUBIC)
+        return VF.center_crop(image, square)

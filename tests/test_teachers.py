@@ -603,7 +603,7 @@ def test_a_full_disk_a_wrong_folder_and_random_crops_are_refused_before_the_work
                                                r"0\.000121 GB and 1e-06 GB are free"):
         cache(tmp_path)
     with pytest.raises(ValueError, match="EvalTransform"):
-        cache(tmp_path, dataset=Shapes("train", transforms.vqkd_transform(24), limit=10))
+        cache(tmp_path, dataset=Shapes("train", transforms.VQKDTransform(24), limit=10))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

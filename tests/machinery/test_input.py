@@ -184,7 +184,7 @@ def test_a_file_that_unpacks_to_too_many_pixels_is_refused_before_it_takes_the_m
             assert "bomb.png (Image size" in sentence(read, tmp_path / "bomb.png")
 
 
-TRANSFORMS = {"vqkd": lambda: transforms.vqkd_transform(48), "mim": lambda: transforms.mim_transform(48),
+TRANSFORMS = {"vqkd": lambda: transforms.VQKDTransform(48), "mim": lambda: transforms.MIMTransform(48),
               "finetune": lambda: transforms.FinetuneTransform(48), "eval": lambda: transforms.EvalTransform(48),
               "eval 224": lambda: transforms.EvalTransform(224), "eval 384": lambda: transforms.EvalTransform(384)}
 
@@ -359,7 +359,7 @@ def spoil(root):
 def test_an_unreadable_image_stops_the_run_unless_it_is_to_be_skipped(tmp_path):
     spoil(fill(tmp_path))
     train = data.open_data(str(tmp_path), "train")
-    data.leave_out_bad(options(tmp_path / "out"), train)
+    data.leave_out_bad(options(tmp_path / "out"), engine.Process(), train)
     assert len(train) == 7 and "1.png" in sentence(lambda: [train[i] for i in range(7)])
     assert engine.differences(dict(on_bad_image="stop"), dict(on_bad_image="skip"))      # a resumed run keeps to it
 
@@ -368,7 +368,7 @@ def test_an_unreadable_image_stops_the_run_unless_it_is_to_be_skipped(tmp_path):
 def test_unreadable_images_are_left_out_reported_and_listed_with_the_reason(tmp_path, capsys, workers):
     bad = spoil(fill(tmp_path))
     train, val = (data.open_data(str(tmp_path), split) for split in ("train", "val"))
-    data.leave_out_bad(options(tmp_path / "out", *SKIP, "--workers", workers), train, val)
+    data.leave_out_bad(options(tmp_path / "out", *SKIP, "--workers", workers), engine.Process(), train, val)
     assert train.labels.tolist() == [0, 0, 1, 1, 1] and val.labels.tolist() == [0, 0, 0, 1, 1, 1]
     for dataset in (train, val):
         assert not set(dataset.names) & set(map(str, bad))
@@ -381,27 +381,27 @@ def test_unreadable_images_are_left_out_reported_and_listed_with_the_reason(tmp_
     assert "3 of 14 images" in line and str(bad[0]) in line and str(file) in line
     for path in bad:
         path.unlink()
-    data.leave_out_bad(options(tmp_path / "out", *SKIP), data.open_data(str(tmp_path), "train"))
+    data.leave_out_bad(options(tmp_path / "out", *SKIP), engine.Process(), data.open_data(str(tmp_path), "train"))
     assert not file.exists()                                 # what is no longer true does not stay
 
 
 def test_a_limit_chooses_first_and_bad_images_leave_it_smaller(tmp_path):
     spoil(fill(tmp_path))
     train = data.open_data(str(tmp_path), "train", limit=7)
-    data.leave_out_bad(options(tmp_path / "out", *SKIP), train)
+    data.leave_out_bad(options(tmp_path / "out", *SKIP), engine.Process(), train)
     assert len(train) == 5
 
 
 def test_a_folder_without_any_readable_image_ends_the_run(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
-    text = sentence(data.leave_out_bad, options(tmp_path / "out", *SKIP), open_images(tmp_path))
+    text = sentence(data.leave_out_bad, options(tmp_path / "out", *SKIP), engine.Process(), open_images(tmp_path))
     assert "none of the 3 images" in text and "0.png" in text
 
 
 def test_skipping_leaves_data_sets_without_files_alone(tmp_path):
     shapes = data.open_data("shapes", "val", limit=10)
-    data.leave_out_bad(options(tmp_path / "out", *SKIP), shapes, None)
+    data.leave_out_bad(options(tmp_path / "out", *SKIP), engine.Process(), shapes, None)
     assert len(shapes) == 10 and not (tmp_path / "out").exists()
 
 
@@ -435,11 +435,11 @@ def scenes(root):
 
 def test_a_scene_is_left_out_with_its_label_map_where_either_is_damaged(tmp_path):
     train = open_scenes(str(scenes(tmp_path)), "train", classes=2)
-    data.leave_out_bad(options(tmp_path / "out", *SKIP), train)
+    data.leave_out_bad(options(tmp_path / "out", *SKIP), engine.Process(), train)
     assert [os.path.basename(name) for name in train.paths] == [b"%d.jpg" % i for i in (0, 1, 2, 4, 6, 7, 8, 9)]
     assert all(train[i][1].shape == (40, 50) for i in range(8)) and len(train.targets) == 8
     train = open_scenes(str(tmp_path), "train", classes=1)              # a wrong number is no damage:
-    data.leave_out_bad(options(tmp_path / "out", *SKIP), train)
+    data.leave_out_bad(options(tmp_path / "out", *SKIP), engine.Process(), train)
     assert "give --classes" in sentence(lambda: train[2])                    # it ends the run
 
 
