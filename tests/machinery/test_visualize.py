@@ -84,7 +84,7 @@ def test_a_code_has_one_colour_whatever_images_are_shown_and_however_long_its_ve
     colours = codes.code_colours(codebook)
     assert colours.shape == (12, 3) and colours.min() >= 0 and colours.max() <= 1
     assert len({tuple(colour) for colour in colours}) == 12          # and no two codes share theirs
-    assert (colours == codes.code_colours(3 * codebook)).all()       # as the look-up sees directions
+    assert (colours == codes.code_colours(3 * codebook)).all()   # only directions count
 
 
 def test_near_codes_have_near_colours():
@@ -207,7 +207,7 @@ def test_the_page_names_every_picture_and_no_other(tmp_path):
     page = Page(folder / "index.html")
     assert set(page.pictures) == {f"{name}.png" for name in visualize.PICTURES}
     assert set(page.pictures) == {f.name for f in folder.glob("*.png")}
-    assert all(page.pictures.values())                               # each says in words what it shows
+    assert all(page.pictures.values())                       # each says in words what it shows
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in page.pictures)
     assert not re.search(r'(src|href)="(/|\w+:)', page.text)         # relative: the folder can move
 
