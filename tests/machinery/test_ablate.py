@@ -1,18 +1,19 @@
-"""The ablations: what a row exchanges, what the verdict says, and that the table holds what the logs hold."""
+"""The ablations: what a row exchanges, what the verdict says, what the table holds."""
 import json
 import math
+import re
 
 import pytest
 import torch
 
-from results import ablate
-from support.shapes import Shapes
 import pretrain
 import vqkd
 from conftest import log_lines, stage
+from results import ablate
+from support.shapes import Shapes
 
 
-# ---------------------------------------------------------------------------------------------------- the rows
+# --- the rows -------------------------------------------------------------------------------------
 def test_an_exchange_ends_with_its_block_even_after_an_error():
     before = vqkd.l2, pretrain.sample_block_mask
     with pytest.raises(KeyError):
@@ -24,14 +25,16 @@ def test_an_exchange_ends_with_its_block_even_after_an_error():
 
 def test_without_l2_the_nearest_code_is_the_nearest_by_distance_and_not_by_angle():
     codes = torch.tensor([[10.0, 0.0], [0.6, 0.8]])
-    h = torch.tensor([[1.0, 0.1]])                           # by angle nearer to the first, else to the second
+    h = torch.tensor([[1.0, 0.1]])           # by angle nearer to the first, else to the second
     assert vqkd.nearest_code(h, codes).item() == 0
     with ablate.exchanged(ablate.without_l2()):
         assert vqkd.nearest_code(h, codes).item() == 1
-        moved = vqkd.ema_update(codes, torch.tensor([[0.0, 0.0], [4.0, 8.0]]), torch.tensor([0.0, 2.0]), 0.75)
-        torch.testing.assert_close(moved, torch.tensor([[10.0, 0.0], [0.95, 1.6]]))      # 0.75 v + 0.25 (2, 4)
-        centres, counts = vqkd.kmeans(torch.tensor([[0.0, 1.0], [0.0, 3.0], [9.0, 9.0]]), torch.tensor(
-            [[0.0, 2.5], [8.0, 8.0]]))
+        sums, counts = torch.tensor([[0.0, 0.0], [4.0, 8.0]]), torch.tensor([0.0, 2.0])
+        moved = vqkd.ema_update(codes, sums, counts, 0.75)
+        # The first code has no vector. The second becomes 0.75 v + 0.25 (2, 4).
+        torch.testing.assert_close(moved, torch.tensor([[10.0, 0.0], [0.95, 1.6]]))
+        x = torch.tensor([[0.0, 1.0], [0.0, 3.0], [9.0, 9.0]])
+        centres, counts = vqkd.kmeans(x, torch.tensor([[0.0, 2.5], [8.0, 8.0]]))
         torch.testing.assert_close(centres, torch.tensor([[0.0, 2.0], [9.0, 9.0]]))
         assert counts.tolist() == [2, 1]
 
@@ -41,52 +44,62 @@ def test_single_patches_hide_the_same_number_without_blocks():
     drawn = torch.stack([mask(6, 6, 13, 2) for _ in range(200)])
     assert drawn.shape == (200, 6, 6) and (drawn.sum((1, 2)) == 13).all()
     share = drawn.float().mean(0)
-    assert (share - 13 / 36).abs().max() < 0.15              # no centre-heavy blocks: every cell alike
+    assert (share - 13 / 36).abs().max() < 0.15              # every cell alike
+
     def neighbours(m):
         return (m[:, :, 1:] & m[:, :, :-1]).float().mean()
+
     blocks = torch.stack([pretrain.sample_block_mask(6, 6, 13, 2) for _ in range(200)])
     assert neighbours(drawn) < 0.6 * neighbours(blocks)
 
 
 def test_regression_asks_for_features_of_mean_square_one(tmp_path):
     args = vqkd.parse_args(["--encoder-depth", "1"])
-    torch.save(dict(model=vqkd.build(args, (144,)).state_dict(), arch=dict(heads=4)), tmp_path / "vqkd.pt")
+    tokenizer = vqkd.build(args, (144,))
+    torch.save(dict(model=tokenizer.state_dict(), arch=dict(heads=4)), tmp_path / "vqkd.pt")
     change = ablate.regress("pixel")
     target = change["pretrain.load_tokenizer"](tmp_path / "vqkd.pt")
     t = target.encode(torch.rand(2, 3, 48, 48))
     assert t.shape == (2, 36, 192) and len(target.quantize.cluster_size) == 192
     torch.testing.assert_close(t.square().mean(-1), torch.ones(2, 36))
     loss, _ = change["pretrain.mim_loss"](torch.zeros_like(t), t, t)
-    assert loss.item() == pytest.approx(1)                   # a blind guess costs 1 per head, a perfect one nothing
+    # The first head guesses 0 and pays 1. The second is right and pays nothing.
+    assert loss.item() == pytest.approx(1)
 
 
 def test_rows_that_change_only_stage_2_share_the_base_tokenizer():
     rows = {row.name: ablate.tokenizer_of(row) for row in ablate.ROWS}
     assert rows["no aggregation"] == rows["l = 2"] == rows["regress pixels"] == "base"
     assert rows["BEiT-like: teacher pixel, no aggregation"] == "teacher pixel"
-    assert rows["without l2"] == "without l2" and rows["without k-means start"] == "without k-means start"
-    assert len({str(ablate.folder(name, 0)) for name in rows}) == len(ablate.ROWS)           # no two share a folder
+    for name in ("without l2", "without k-means start"):
+        assert rows[name] == name
+    folders = {str(ablate.folder(name, 0)) for name in rows}
+    assert len(folders) == len(ablate.ROWS)                  # no two share a folder
 
 
 def test_every_claim_names_a_row_and_a_column():
     names = {row.name for row in ablate.ROWS}
     for row in ablate.ROWS:
-        assert all(key in ablate.COLUMNS and sign in "+-" and other in names for key, sign, other in row.claims)
+        for key, sign, other in row.claims:
+            assert key in ablate.COLUMNS and sign in "+-" and other in names
 
 
-# -------------------------------------------------------------------------------------------------- the verdict
+# --- the verdict ----------------------------------------------------------------------------------
 def test_the_verdict_is_about_the_difference_seed_by_seed():
-    own, other = {0: 50.0, 1: 70.0, 2: 90.0}, {0: 51.0, 1: 71.5, 2: 91.0}    # seeds differ widely, rows surely: t = 7
+    # The seeds differ widely, the difference of the rows hardly: t = 7.
+    own, other = {0: 50.0, 1: 70.0, 2: 90.0}, {0: 51.0, 1: 71.5, 2: 91.0}
     word, mean, error = ablate.verdict(own, other, "-")
     assert word == "same" and mean == pytest.approx(-3.5 / 3) and error == pytest.approx(0.5 / 3)
     assert ablate.verdict(own, other, "+")[0] == "opposite"
-    assert ablate.verdict({0: 1.0, 1: -1.0, 2: 0.5}, {0: 0.0, 1: 0.0, 2: 0.0}, "+")[0] == "within noise"
+    nothing = {0: 0.0, 1: 0.0, 2: 0.0}
+    assert ablate.verdict({0: 1.0, 1: -1.0, 2: 0.5}, nothing, "+")[0] == "within noise"
     assert ablate.verdict({0: 1.0}, {0: 0.0, 1: 0.0}, "+")[0] == "too few seeds"
 
 
 def test_chance_gives_a_verdict_in_five_percent_of_comparisons():
     draws = torch.randn(4000, 3)
-    words = [ablate.verdict(dict(enumerate(d)), dict.fromkeys(range(3), 0.0), "+")[0] for d in draws.tolist()]
+    nothing = dict.fromkeys(range(3), 0.0)
+    words = [ablate.verdict(dict(enumerate(d)), nothing, "+")[0] for d in draws.tolist()]
     assert 0.035 < 1 - words.count("within noise") / len(words) < 0.065
 
 
@@ -98,13 +111,15 @@ def test_the_table_holds_the_mean_of_what_the_logs_hold(tmp_path, monkeypatch):
             home.mkdir()
             logs = dict(vqkd=dict(cosine=0.5, codes_used=64, perplexity=50.0 + shift, time=30.0),
                         pretrain=dict(mask_acc=20.0, time=60.0),
-                        linprobe=dict(source="pretrain", top1=probe + shift, paper_top1=40.0, knn=30.0, time=9.0))
+                        linprobe=dict(source="pretrain", top1=probe + shift, paper_top1=40.0,
+                                      knn=30.0, time=9.0))
             for stage_name, summary in logs.items():
                 lines = [dict(commit="c", time=0.01), dict(summary=1, **summary)]
-                if stage_name == "vqkd":                     # stopped at 12 s and resumed: 12 + 18 = 30 s in all
+                if stage_name == "vqkd":     # stopped at 12 s and resumed: 12 + 18 = 30 s in all
                     lines[1:1] = [dict(step=5, time=12.0), dict(step=6, time=1.0)]
                     lines[-1]["time"] = 18.0
-                (home / f"{stage_name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+                text = "".join(json.dumps(x) + "\n" for x in lines)
+                (home / f"{stage_name}.jsonl").write_text(text)
     out = tmp_path / "ablations.md"
     out.write_text("kept\n<!-- tables -->\nold\n")
     ablate.write_table([0, 1, 2], out)
@@ -116,18 +131,22 @@ def test_the_table_holds_the_mean_of_what_the_logs_hold(tmp_path, monkeypatch):
     assert len(log_lines(tmp_path / "ablations.jsonl")) == 4
 
 
-# ------------------------------------------------------------------------------------------------- the command
+# --- the command ----------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_rows_run_share_their_tokenizer_and_are_not_run_twice(tmp_path):
-    flags = ["--rows", "base", "no aggregation", "regress pixels", "--seeds", 0, "--results", tmp_path / "a.md",
-             "--steps", 104, "--limit", 64, "--batch-size", 2, "--workers", 0]
+    flags = ["--rows", "base", "no aggregation", "regress pixels", "--seeds", 0,
+             "--results", tmp_path / "a.md", "--steps", 104, "--limit", 64, "--batch-size", 2,
+             "--workers", 0]
     first = stage("results.ablate", *flags, cwd=tmp_path)
-    assert first.stdout.count("VQ-KD:") == 1 and first.stdout.count("MIM:") == 3
+    assert len(re.findall("^vqkd: .* parameters", first.stdout, re.M)) == 1
+    assert len(re.findall("^pretrain: .* parameters", first.stdout, re.M)) == 3
     again = stage("results.ablate", *flags, cwd=tmp_path)
-    assert "VQ-KD:" not in again.stdout and "MIM:" not in again.stdout and "already done" in again.stdout
+    assert not re.search("^(vqkd|pretrain): .* parameters", again.stdout, re.M)
+    assert "already done" in again.stdout
     rows = {x["row"]: x for x in log_lines(tmp_path / "a.jsonl")}
     assert rows["base"]["perplexity"] == rows["no aggregation"]["perplexity"] > 1
-    assert "perplexity" not in rows["regress pixels"] and 0 <= rows["regress pixels"]["top1"] <= 100
+    assert "perplexity" not in rows["regress pixels"]
+    assert 0 <= rows["regress pixels"]["top1"] <= 100
     assert math.isfinite(rows["base"]["mask_acc"])
 
 
