@@ -226,7 +226,7 @@ class DrawnOnce(Shapes):
     kept = {}
 
     def load(self):
-        key = self.split, self.count, self.max_rotation, self.pictures
+        key = self.split, self.count, self.max_rotation
         if key not in self.kept:
             self.kept[key] = super().load()
         return self.kept[key]

@@ -56,7 +56,7 @@ def cache_features(teacher, dataset, folder, process, *, flip, batch_size=64, wo
 def cache_name(teacher, dataset, flip, amp):
     """A file name that begins readably and ends in a hash of all that the features follow from, so that another
     teacher, other weights, other images or another size never meet an old file."""
-    facts = [getattr(dataset, k, None) for k in ("name", "split", "limit", "count", "pictures", "max_rotation")]
+    facts = [getattr(dataset, k, None) for k in ("name", "split", "limit", "count", "max_rotation")]
     facts += [len(dataset), sorted(vars(dataset.transform).items()), bool(flip), amp, fingerprint(teacher)]
     digest = hashlib.sha256(repr(facts).encode())
     for path in getattr(dataset, "paths", ()):               # an image folder: its files by path, size and date

@@ -1,4 +1,12 @@
 """Pictures from folders and CIFAR, read by one rule.
+
+    Images          a data set: ds[(epoch, index)] -> (image (3, H, W), label)
+      InMemory      held as one array: Cifar here, Shapes in shapes.py
+      Folder        picture files, read from disk when asked for
+    read_image      any picture file -> (3, H, W) uint8 RGB
+    find_images     the picture files below a folder
+
+A picture or folder that cannot be used is a UserError: one sentence that names it and the remedy.
 """
 import contextlib
 import os
@@ -13,36 +21,52 @@ from support.files import UserError
 from support.process import seed_all
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-# What such a file may hold, whatever its ending says. Pillow knows more, and some of that (EPS) runs other programs.
+# What such a file may hold, whatever its ending says. Pillow reads more formats, but for some of
+# them (EPS) it runs other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
 
+# --- data sets ------------------------------------------------------------------------------------
 class Images(Dataset):
-    """A data set whose key is (epoch, index): the sampler says which epoch it is, so that workers that live for the
-    whole run need not be told. A subclass sets labels, classes, native_size and says what image(index) is."""
+    """A data set whose key is (epoch, index).
 
-    labels, classes, native_size = None, None, None
+    The sampler says which epoch it is. So workers that live for the whole run need not be told.
+    A subclass says what image(index) is: (3, H, W) uint8. It sets `labels`, (n,) integers, and
+    `classes`, their names, if there are labels.
+    """
+
+    labels = None
+    classes = None
 
     def __init__(self, name, split, transform=None, seed=0):
-        self.name, self.split, self.transform, self.seed = name, split, transform, seed
+        self.name = name
+        self.split = split
+        self.transform = transform
+        self.seed = seed
 
     def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, int(key))      # (epoch, index), or an index of epoch 0
-        image = self.image(index)                                            # (3, H, W) uint8
+        """key: (epoch, index), or an index alone, of epoch 0. The label is -1 if there is none."""
+        epoch, index = key if isinstance(key, tuple) else (0, int(key))
+        image = self.image(index)
         if self.transform is not None:
-            # torchvision draws from torch's generator, RandAugment from `random` and numpy: all three are seeded. With
-            # workers=0 they are the training loop's own, which therefore seeds itself after fetching a batch.
+            # torchvision draws from torch's generator, RandAugment from `random` and numpy. With
+            # workers=0 these are the training loop's own, so it seeds itself after each batch.
             seed_all(self.seed, epoch, index)
             image = self.transform(image)
-        return image, -1 if self.labels is None else int(self.labels[index])
+        label = -1 if self.labels is None else int(self.labels[index])
+        return image, label
 
     def title(self, index):
+        """What a message calls this image."""
         return f"{self.name} {self.split} {index}"
 
 
 class InMemory(Images):
-    """Images held as one array, filled by load(). A pickled copy (a worker under spawn) leaves it out and loads again;
-    a forked worker shares its pages. Not in torch's shared memory, of which a container often has 64 MB only."""
+    """Images held as arrays, which load() of the subclass makes.
+
+    A forked worker shares their memory pages. A pickled copy (a worker under spawn) leaves them out
+    and loads them again. We do not use torch's shared memory: containers often have only 64 MB.
+    """
 
     held = None
 
@@ -51,13 +75,14 @@ class InMemory(Images):
 
     @property
     def arrays(self):
+        """{"images": (n, 3, H, W) uint8, "labels": (n,), ...}"""
         if self.held is None:
             self.held = self.load()
         return self.held
 
     @property
     def images(self):
-        return torch.from_numpy(self.arrays["images"])       # (n, 3, H, W) uint8
+        return torch.from_numpy(self.arrays["images"])
 
     def image(self, index):
         return torch.from_numpy(self.arrays["images"][index])
@@ -66,164 +91,67 @@ class InMemory(Images):
         return len(self.labels)
 
 
-# ------------------------------------------------------------------------------------------------- CIFAR and folders
 class Cifar(InMemory):
-    """CIFAR-10 or -100, read by torchvision from the python files it finds (and checks) under `data_dir`."""
+    """CIFAR-10 or -100. torchvision reads the python files in `data_dir` and checks their sums."""
 
-    native_size = 32
-
-    def __init__(self, name, split, transform=None, seed=0, limit=None, data_dir="datasets", download=False):
+    def __init__(self, name, split, transform=None, seed=0, limit=None, data_dir="datasets",
+                 download=False):
         super().__init__(name, split, transform, seed)
-        self.limit, self.data_dir = limit, data_dir
-        if download:                                         # one process of each machine fetches, the others wait
+        self.limit = limit
+        self.data_dir = data_dir
+        if download:                         # one process of each machine fetches, the others wait
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:
                 self.read(download=True)
             if dist.is_initialized():
                 dist.barrier()
-        self.labels, self.classes = torch.from_numpy(self.arrays["labels"]), self.arrays["classes"]
+        self.labels = torch.from_numpy(self.arrays["labels"])
+        self.classes = self.arrays["classes"]
 
     def read(self, download=False):
-        from torchvision.datasets import CIFAR10, CIFAR100
+        from torchvision.datasets import CIFAR10, CIFAR100   # slow to import
         kind = CIFAR10 if self.name == "cifar10" else CIFAR100
         try:
             return kind(self.data_dir, train=self.split == "train", download=download)
         except (RuntimeError, OSError) as error:
-            folder, reason = os.path.join(self.data_dir, kind.base_folder), " ".join(str(error).split())
-            raise UserError(f"{self.name} is not in {folder}, or not complete ({reason}): add --download, or unpack "
-                            f"{kind.filename} from www.cs.toronto.edu/~kriz/cifar.html in --data-dir") from error
+            folder = os.path.join(self.data_dir, kind.base_folder)
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self.name} is not in {folder}, or not complete ({reason}): add --download, or "
+                f"unpack {kind.filename} from www.cs.toronto.edu/~kriz/cifar.html in --data-dir"
+            ) from error
 
     def load(self):
         source = self.read()
-        images = np.ascontiguousarray(source.data[:self.limit].transpose(0, 3, 1, 2))        # (n, 3, 32, 32)
-        return dict(images=images, labels=np.array(source.targets[:self.limit]), classes=list(source.classes))
-
-
-def shown(path):
-    """A path or name as a message shows it, on one line: line breaks and bytes that are no text are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in os.fsdecode(path))
-
-
-@contextlib.contextmanager
-def open_picture(path, kind="image"):
-    """A picture file, opened by Pillow; whatever goes wrong with it inside the block becomes one sentence."""
-    from PIL import Image
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # a damaged note beside the pixels is no concern of ours,
-            warnings.simplefilter("error", Image.DecompressionBombWarning)               # 90 million pixels are
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
-    except Exception as error:                               # a broken file raises whatever its decoder stumbles over
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the {kind} {shown(path)} ({reason}): remove it or replace it") from error
-
-
-def read_image(path, draft=False):
-    """Any picture Pillow reads -> (3, H, W) uint8 RGB, by one rule: first frame, turned upright as its EXIF note says,
-    16 bits scaled to 8, transparency laid over white, all else (grey, palette, CMYK) as Pillow converts it to RGB.
-    `draft`: a JPEG comes at an eighth of its size, in a fifth of the time; what is broken in it shows all the same.
-
-    Differs from the authors' loader, which drops transparency and shows whatever colour lies below it."""
-    from PIL import Image, ImageOps
-    with open_picture(path) as image:
-        if draft:
-            image.draft(None, (1, 1))
-        image.load()
-        with contextlib.suppress(Exception):                 # a damaged note does not say which side is up
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        if image.mode.startswith("I"):                       # 16-bit grey, which Pillow also calls "I", as 32-bit
-            levels = np.asarray(image)
-            if levels.min() < 0 or levels.max() > 65535:
-                raise ValueError("its pixels are 32-bit numbers of unknown range")
-            image = Image.fromarray((levels / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)         # channels side by side in memory: cropped faster than not
-
-
-def no_entry(error):
-    """os.walk would pass over a folder that may not be read, and its images would be missing without a word."""
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise UserError(f"cannot look into the folder {shown(error.filename)} ({error.strerror}): change its "
-                        f"permissions, or move it away") from error
-
-
-def entries_of(folder):
-    """Names of the folders and of the files in `folder`, hidden ones left out; none where there is no such folder."""
-    _, *kinds = next(os.walk(folder, onerror=no_entry), (folder, [], []))
-    return [[name for name in names if not name.startswith(".")] for names in kinds]
-
-
-def find_images(folder, above=()):
-    """All picture files at any depth below a folder, sorted, so that every machine numbers them alike. Other files and
-    hidden ones are passed over; folders that are links are followed, but not back to a folder that we are in."""
-    here = os.path.realpath(folder)
-    folders, files = entries_of(folder) if here not in above else ([], [])
-    found = [os.path.join(folder, name) for name in files if name.lower().endswith(IMAGE_ENDINGS)]
-    for name in folders:
-        found += find_images(os.path.join(folder, name), (*above, here))
-    return sorted(found)
-
-
-def class_folders(folder):
-    """Names of the folders in `folder`, sorted, hidden ones left out; none where there is no such folder."""
-    return sorted(entries_of(folder)[0])
-
-
-def find_classes(root):
-    """The class folders of root/train, sorted; root/val must have the same ones."""
-    found = {}
-    for split in ("train", "val"):
-        found[split] = class_folders(os.path.join(root, split))
-        if not found[split]:
-            raise UserError(f"{shown(root)} has no class folders {split}/CLASS/*, which give the labels: put the "
-                            f"images there")
-    odd = sorted(set(found["train"]) ^ set(found["val"]))
-    if odd:
-        root, odd = shown(root), shown(", ".join(odd[:5]))
-        raise UserError(f"{root}/train and {root}/val must hold the same class folders, but only one of them has "
-                        f"{odd}: add or remove it")
-    return found["train"]
+        images = source.data[:self.limit].transpose(0, 3, 1, 2)                  # (n, 3, 32, 32)
+        labels = source.targets[:self.limit]
+        return dict(images=np.ascontiguousarray(images), labels=np.array(labels),
+                    classes=list(source.classes))
 
 
 class Folder(Images):
-    """Picture files, read from disk when asked for: train/CLASS/* and val/CLASS/*, or, unlabelled, images at any depth.
+    """Picture files: train/CLASS/* and val/CLASS/*, or, unlabelled, images at any depth.
 
-    Unlabelled, train/ and val/ are taken where they exist; without a val/ every 20th image is held out in its place;
-    split None is everything. `limit` images are spread evenly over the sorted list, where class follows class."""
+    Unlabelled, the folders train/ and val/ are taken if they exist. Without val/, every 20th image
+    is held out in its place. Split None is every image.
+    `limit` images are spread evenly over the sorted list, in which class follows class.
+    """
 
     def __init__(self, root, split, transform=None, seed=0, limit=None, labelled=True):
         super().__init__(str(root), split, transform, seed)
-        paths, labels = [], []
         if labelled:
             self.classes = find_classes(root)
-            for number, name in enumerate(self.classes):
-                folder = os.path.join(root, split, name)
-                found = find_images(folder)
-                if not found:
-                    raise UserError(f"the class folder {shown(folder)} holds no image: fill it, or remove it from both "
-                                    f"splits")
-                paths += found
-                labels += [number] * len(found)
-        elif split is None:
-            paths = [str(root)] if os.path.isfile(root) else find_images(root)
-        elif os.path.isdir(os.path.join(root, "val")):
-            paths = find_images(os.path.join(root, split))
+            paths, labels = labelled_files(root, split, self.classes)
         else:
-            train = os.path.join(root, "train")
-            paths = find_images(train if os.path.isdir(train) else root)
-            paths = [path for i, path in enumerate(paths) if (i % 20 == 0) == (split == "val")]
+            paths = unlabelled_files(root, split)
         if not paths:
-            raise UserError(f"{shown(root)} holds no image for {split or 'this'} ({' '.join(IMAGE_ENDINGS)}): check "
-                            f"the name, or put images there (2 or more for training)")
-        kept = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths))).round().astype(int)
-        self.labels = torch.tensor(labels)[kept] if labelled else None
-        # One array of bytes: workers would copy a list of a million strings, page by page, just by counting references.
+            raise UserError(
+                f"{shown(root)} holds no image for {split or 'this'} ({' '.join(IMAGE_ENDINGS)}): "
+                f"check the name, or put images there (2 or more for training)")
+        kept = spread(len(paths), limit)
+        if labelled:
+            self.labels = torch.tensor(labels)[kept]
+        # One array of bytes. Counting references to a million strings would write to each of their
+        # memory pages, and so give every worker a copy of its own.
         self.paths = np.array([os.fsencode(paths[i]) for i in kept])
 
     @property
@@ -234,7 +162,7 @@ class Folder(Images):
         return read_image(os.fsdecode(self.paths[index]))
 
     def look(self, index):
-        """Reads image `index` only to see whether that goes well."""
+        """Read image `index` only to see whether that goes well; UserError if not."""
         read_image(os.fsdecode(self.paths[index]), draft=True)
 
     def title(self, index):
@@ -245,19 +173,171 @@ class Folder(Images):
 
 
 def open_class_folders(root, transform=None, seed=0, limit=None):
-    """Labelled images of root/CLASS/*, without another split beside them (ImageNet-A, 21k). `limit` spreads over all
-    images, and takes no class away."""
-    classes, first = class_folders(root), len(os.path.join(root, ""))
+    """Labelled images of root/CLASS/*, without another split beside them (ImageNet-A, 21k).
+
+    `limit` spreads over all images and takes no class away.
+    """
     dataset = Folder(root, None, transform, seed, limit, labelled=False)
-    folders, number = [path[first:].split(os.sep)[0] for path in dataset.names], {c: i for i, c in enumerate(classes)}
-    if stray := set(folders) - set(classes):
+    dataset.classes = class_folders(root)
+    number = {name: i for i, name in enumerate(dataset.classes)}
+    above = os.path.join(root, "")
+    folders = [path.removeprefix(above).split(os.sep)[0] for path in dataset.names]
+    stray = set(folders) - set(dataset.classes)
+    if stray:
         root = shown(root)
-        raise UserError(f"{root} has {'images outside its' if classes else 'no'} class folders, which give the labels "
+        fault = "images outside its" if dataset.classes else "no"
+        raise UserError(f"{root} has {fault} class folders, which give the labels "
                         f"({shown(min(stray))}): put them into {root}/CLASS/*")
-    dataset.labels, dataset.classes = torch.tensor([number[folder] for folder in folders]), classes
+    dataset.labels = torch.tensor([number[folder] for folder in folders])
     return dataset
 
 
 def open_images(path, transform=None):
     """One picture, or all at any depth below a folder, in the order of their names."""
     return Folder(path, None, transform, labelled=False)
+
+
+# --- reading one picture --------------------------------------------------------------------------
+def shown(path):
+    """A path or name on one line, for a message: line breaks and bytes that are no text escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in os.fsdecode(path))
+
+
+@contextlib.contextmanager
+def open_picture(path, kind="image"):
+    """A picture file, opened by Pillow. Any error inside the block becomes one sentence."""
+    from PIL import Image
+    try:
+        with warnings.catch_warnings():
+            # A damaged note beside the pixels does not matter. More than 90 million pixels do.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except Exception as error:               # a decoder may raise anything on a broken file
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the {kind} {shown(path)} ({reason}): "
+                        f"remove it or replace it") from error
+
+
+def read_image(path, draft=False):
+    """Any picture that Pillow reads -> (3, H, W) uint8 RGB, by one rule.
+
+    The first frame; turned upright as its EXIF note says; 16 bits scaled to 8; transparency laid
+    over white; all else (grey, palette, CMYK) as Pillow converts it to RGB.
+    draft: a JPEG comes at an eighth of its size, in a fifth of the time. What is broken in it shows
+    all the same.
+
+    Differs from the authors' loader, which drops transparency and shows the colour that lies below.
+    """
+    from PIL import Image, ImageOps
+    with open_picture(path) as image:
+        if draft:
+            image.draft(None, (1, 1))
+        image.load()
+        with contextlib.suppress(Exception):                 # a damaged note says nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range")
+        if image.mode.startswith("I"):       # 16-bit grey. Pillow also calls 32 bits "I".
+            levels = np.asarray(image)
+            if levels.min() < 0 or levels.max() > 65535:
+                raise ValueError("its pixels are 32-bit numbers of unknown range")
+            image = Image.fromarray((levels / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            image = Image.alpha_composite(white, rgba)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        pixels = np.array(image)                             # (H, W, 3)
+    # No copy: channels stay side by side in memory, which makes cropping faster.
+    return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
+
+
+# --- finding pictures -----------------------------------------------------------------------------
+def no_entry(error):
+    """Raise if a folder may not be read. os.walk alone would pass over it without a word."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise UserError(f"cannot look into the folder {shown(error.filename)} ({error.strerror}): "
+                        f"change its permissions, or move it away") from error
+
+
+def entries_of(folder):
+    """-> names of the folders and of the files in `folder`, without hidden ones.
+
+    Both lists are empty if there is no such folder.
+    """
+    _, folders, files = next(os.walk(folder, onerror=no_entry), (folder, [], []))
+    folders = [name for name in folders if not name.startswith(".")]
+    files = [name for name in files if not name.startswith(".")]
+    return folders, files
+
+
+def find_images(folder, above=()):
+    """All picture files at any depth below a folder, sorted: every machine numbers them alike.
+
+    Other files and hidden ones are passed over. Links to folders are followed, except back to a
+    folder that we are in (`above`).
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return []
+    folders, files = entries_of(folder)
+    found = [os.path.join(folder, name) for name in files if name.lower().endswith(IMAGE_ENDINGS)]
+    for name in folders:
+        found += find_images(os.path.join(folder, name), (*above, here))
+    return sorted(found)
+
+
+def class_folders(folder):
+    """The names of the folders in `folder`, sorted, without hidden ones."""
+    return sorted(entries_of(folder)[0])
+
+
+def find_classes(root):
+    """The class folders of root/train, sorted. root/val must have the same ones."""
+    found = {}
+    for split in ("train", "val"):
+        found[split] = class_folders(os.path.join(root, split))
+        if not found[split]:
+            raise UserError(f"{shown(root)} has no class folders {split}/CLASS/*, which give the "
+                            f"labels: put the images there")
+    odd = sorted(set(found["train"]) ^ set(found["val"]))
+    if odd:
+        root = shown(root)
+        raise UserError(f"{root}/train and {root}/val must hold the same class folders, but only "
+                        f"one of them has {shown(', '.join(odd[:5]))}: add or remove it")
+    return found["train"]
+
+
+def labelled_files(root, split, classes):
+    """-> paths and labels of the images in root/split/CLASS, class after class."""
+    paths, labels = [], []
+    for number, name in enumerate(classes):
+        folder = os.path.join(root, split, name)
+        found = find_images(folder)
+        if not found:
+            raise UserError(f"the class folder {shown(folder)} holds no image: fill it, or remove "
+                            f"it from both splits")
+        paths += found
+        labels += [number] * len(found)
+    return paths, labels
+
+
+def unlabelled_files(root, split):
+    """-> paths of the images of a split, as Folder says; split None is all, or a single file."""
+    if split is None:
+        return [str(root)] if os.path.isfile(root) else find_images(root)
+    if os.path.isdir(os.path.join(root, "val")):
+        return find_images(os.path.join(root, split))
+    train = os.path.join(root, "train")
+    paths = find_images(train if os.path.isdir(train) else root)
+    return [path for i, path in enumerate(paths) if (i % 20 == 0) == (split == "val")]
+
+
+def spread(n, limit):
+    """Which of n images to keep: `limit` indices at even distances, or all of them."""
+    count = min(limit or n, n)
+    return np.linspace(0, n - 1, count).round().astype(int)

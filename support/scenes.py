@@ -129,7 +129,7 @@ class Scenes(Images):
 class ShapeScenes(Scenes):
     """The built-in shapes with their masks: label 0 is the background, which counts as a class, 1 to 10 the shapes."""
 
-    native_size, background = 48, True
+    background = True
 
     def __init__(self, split, transform=None, seed=0, limit=None):
         super().__init__("shapes", split, transform, seed)

@@ -548,7 +548,7 @@ def test_whatever_changes_the_features_asks_for_another_file(tmp_path, tiny_vit,
         file=dict(teacher=build_teacher(f"timm:test_vit@{shutil.copy(file, tmp_path)}", (3, 3), 8, "cpu")),
         size=dict(dataset=shapes(size=48)),
         split=dict(dataset=shapes("val")), limit=dict(dataset=shapes(limit=20)), flip=dict(flip=False),
-        pictures=dict(dataset=shapes(pictures=1)), rotation=dict(dataset=shapes(max_rotation=180)),
+        rotation=dict(dataset=shapes(max_rotation=180)),
         folder=dict(dataset=files()), amp=dict(amp="bf16"))
     before = dict(teacher=hog, dataset=shapes(), flip=True, amp="no")
     names = {key: cache_name(**dict(before, **change)) for key, change in variants.items()}

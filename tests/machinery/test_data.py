@@ -61,7 +61,7 @@ def test_hashed_numbers_are_uniform_and_uncorrelated():
 def test_shapes_have_twelve_thousand_and_two_thousand_images_of_ten_balanced_classes():
     assert Shapes.SIZES == {"train": 12_000, "val": 2_000}
     few = data.open_data("shapes", "val", limit=30)
-    assert len(few) == 30 and len(few.classes) == 10 and few.native_size == 48 and few.name == "shapes"
+    assert len(few) == 30 and len(few.classes) == 10 and few.name == "shapes"
     assert few.labels.bincount().tolist() == [3] * 10
     image, label = few[0]
     assert image.shape == (3, 48, 48) and image.dtype == torch.uint8 and label == few.labels[0]
@@ -88,7 +88,7 @@ def test_objects_fill_60_to_95_percent_of_the_half_width_and_turn_little(shapes)
     assert 0.60 <= f["scale"].min() < 0.62 and 0.93 < f["scale"].max() <= 0.95
     assert 14 < np.abs(f["rotation"]).max() <= 15
     assert set(f["texture"]) == set(range(len(TEXTURES)))
-    turned = Shapes("val", count=500, max_rotation=180)
+    turned = Shapes("val", limit=500, max_rotation=180)
     assert np.abs(turned.factors["rotation"]).max() > 170
 
 
@@ -402,7 +402,7 @@ def test_cifar_is_read_from_torchvisions_python_files(monkeypatch, tmp_path, nam
     train = data.open_data(name, "train", data_dir=str(tmp_path))
     val = data.open_data(name, "val", data_dir=str(tmp_path), limit=7)
     assert len(train) == 20 * len(rows["train_list"]) and len(val) == 7 and len(train.classes) == len(val.classes)
-    assert train.native_size == 32 and train.name == name and train.labels.dtype == torch.int64
+    assert train.name == name and train.labels.dtype == torch.int64
     pixels, labels = rows["train_list"][0]
     image, label = train[3]
     assert torch.equal(image, torch.from_numpy(pixels[3].reshape(3, 32, 32))) and label == labels[3]
@@ -442,7 +442,7 @@ def tree(tmp_path):
 
 def test_a_folder_of_classes_gives_images_and_labels(tree):
     train = data.open_data(str(tree), "train")
-    assert train.classes == ["dog", "große Katze"] and len(train) == 8 and train.native_size is None
+    assert train.classes == ["dog", "große Katze"] and len(train) == 8
     assert train.labels.tolist() == [0] * 4 + [1] * 4
     image, label = train[1]
     assert image.shape == (3, 10, 20) and label == 0 and image[:, 0, 0].tolist() == [100, 10, 7]

@@ -160,7 +160,7 @@ def test_training_reads_one_data_set(tmp_path):
 # ------------------------------------------------------------------------------------------------------ shifted shapes
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_shifted_shapes_keep_class_mask_and_size_and_are_the_same_twice(shift):
-    plain, one, two = (Shapes("val", count=40, shift=s) for s in (None, shift, shift))
+    plain, one, two = (Shapes("val", limit=40, shift=s) for s in (None, shift, shift))
     assert torch.equal(one.images, two.images) and not torch.equal(one.images, plain.images)
     assert one.images.shape == plain.images.shape and one.images.dtype == torch.uint8
     assert torch.equal(one.labels, plain.labels) and torch.equal(one.masks(slice(None)), plain.masks(slice(None)))
@@ -176,7 +176,7 @@ def test_an_unknown_shift_is_answered_with_the_known_ones():
 
 
 def shifted(shift, n=40):
-    dataset = Shapes("val", count=n, shift=shift)
+    dataset = Shapes("val", limit=n, shift=shift)
     return dataset.images / 255, dataset.masks(slice(None)).bool()[:, None].expand(-1, 3, -1, -1)
 
 
