@@ -113,12 +113,12 @@ def aggregate(last, early):
 class BEiT(ViT):
     """The backbone with a mask token, a head over the K codes, and a shallow head on the side."""
 
-    def __init__(self, image_size, patch_size, width, depth, heads, codes, *, layer_scale=0.1,
-                 drop_path=0.0, early_layer=9, head_depth=2, shared_head=True, init_std=0.02,
-                 position_std=0.0):
-        super().__init__(image_size, patch_size, width, depth, heads, positions="shared",
-                         layer_scale=layer_scale, drop_path=drop_path, pool=None,
-                         position_std=position_std)
+    def __init__(self, image_size, patch_size, width, depth, heads, codes, *, early_layer=9,
+                 head_depth=2, shared_head=True, layer_scale=0.1, drop_path=0.0, init_std=0.02,
+                 positions="shared", **more):
+        """more: further arguments of ViT (mlp_ratio, in_channels, position_std)."""
+        super().__init__(image_size, patch_size, width, depth, heads, positions=positions,
+                         layer_scale=layer_scale, drop_path=drop_path, pool=None, **more)
         self.early_layer = early_layer       # l of the paper, which counts from 1
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.lm_head = nn.Linear(width, codes)
@@ -137,6 +137,9 @@ class BEiT(ViT):
         initialise(self, init_std, cut=1, convolutions=True)
         rescale_residual_branches(self.blocks)
         rescale_residual_branches(self.cls_pt_layers, first_layer=early_layer + 1)
+
+    def arch(self):
+        return super().arch() | dict(early_layer=self.early_layer)
 
     def streams(self, x, mask, queries=None):
         """-> tokens of the last layer, tokens of the shallow head (or None), both before the norm.

@@ -122,22 +122,22 @@ class UPerHead(nn.Module):
         return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))
 
 
-def fcn_head(width, classes):
+def fcn_head(width, classes, channels=AUX_CHANNELS):
     """The auxiliary head: one convolution and a classifier, so that a tap in the middle feels the labels directly."""
-    return nn.Sequential(OrderedDict(convs=nn.Sequential(conv(width, AUX_CHANNELS, 3)), dropout=nn.Dropout2d(DROPOUT),
-                                     conv_seg=classifier(AUX_CHANNELS, classes)))
+    return nn.Sequential(OrderedDict(convs=nn.Sequential(conv(width, channels, 3)), dropout=nn.Dropout2d(DROPOUT),
+                                     conv_seg=classifier(channels, classes)))
 
 
 class UPerNet(nn.Module):
     """Backbone, pyramid and the two heads. Names are those of the released checkpoints."""
 
-    def __init__(self, backbone, classes, channels=None):
+    def __init__(self, backbone, classes, channels=None, aux_channels=AUX_CHANNELS):
         super().__init__()
         if min(backbone.grid) < 2:
             raise UserError(f"a crop of {backbone.grid[0]}x{backbone.grid[1]} patches is too small: raise --image-size")
         self.backbone, self.taps = add_pyramid(backbone), taps_of(backbone.depth)
         self.decode_head = UPerHead(backbone.width, channels or backbone.width, classes)
-        self.auxiliary_head = fcn_head(backbone.width, classes)
+        self.auxiliary_head = fcn_head(backbone.width, classes, aux_channels)
 
     def maps(self, images):
         """Images (B, 3, H, W), normalised -> four maps (B, D, h, w); 512 px in patches of 16: 128, 64, 32, 16."""
@@ -331,18 +331,17 @@ def build(args, classes):
     return UPerNet(vit, classes, args.channels), report
 
 
+def upernet(classes, channels, aux_channels, **sizes):
+    """A UPerNet from the facts of a file; sizes: the arguments of ViT."""
+    return UPerNet(ViT(**sizes), classes, channels, aux_channels)
+
+
 def load_segmenter(path):
-    """-> (UPerNet with the weights of a segment.pt, checkpoint dict). Released files have the same names."""
-    checkpoint = engine.read_file(path)
-    state = weights.state_dict(checkpoint, str(path))
-    vit = ViT(**weights.read_architecture(state, checkpoint.get("arch"), str(path)))
-    try:
-        classes, channels = state["decode_head.conv_seg.weight"].shape[:2]
-        model = UPerNet(vit, classes, channels)
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is no UPerNet as built here: {' '.join(str(error).split())[:300]}") from error
-    return model, checkpoint
+    """-> (UPerNet with the weights of a segment.pt, ours or released, contents of the file)."""
+    checkpoint = weights.read(path)
+    if checkpoint.kind != "segment":
+        raise UserError(f"{path} is no segmenter: train one with python segment.py")
+    return weights.build(upernet, checkpoint), checkpoint.file
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ Read in this order: nearest_code, straight_through, vqkd_loss, ema_update, kmean
 """
 # Shapes:  B images, N = gh x gw patches per image, D code width, K codes, C teacher width
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from support.images import open_images
 from support.args import fill_in, number, run_parser, whole
 from support.codebook import (
     CodebookWatch, codebook_usage, resize_codebook, restart_dead_codes)
-from support.files import UserError, read_file
+from support.files import UserError
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
 from support.process import join_processes, launch, seed_all
 from support.run import Run, dry_run
@@ -179,17 +178,19 @@ class VQKD(nn.Module):
     """Encoder, codebook, decoder. The teacher is not in here: it is never trained nor saved."""
 
     def __init__(self, image_size, patch_size, width, depth, heads, decoder_depth, codes, code_dim,
-                 teacher_dims):
+                 teacher_dims, mlp_ratio=4.0, decoder=None):
+        """decoder: width, heads or mlp_ratio of the decoder, where they are not the encoder's."""
         super().__init__()
         # Recipe, not in the paper: absolute positions, no layer scale (those come with stage 2).
-        kind = dict(positions="absolute", layer_scale=0, pool="mean")
-        self.encoder = ViT(image_size, patch_size, width, depth, heads, **kind)
+        sizes = dict(width=width, heads=heads, mlp_ratio=mlp_ratio,
+                     positions="absolute", layer_scale=0, pool="mean")
+        self.encoder = ViT(image_size, patch_size, depth=depth, **sizes)
         # The decoder is a ViT on the map of codes, each code one "pixel" of D channels.
-        grid = self.encoder.grid
-        self.decoder = ViT(grid, 1, width, decoder_depth, heads, in_channels=code_dim, **kind)
+        sizes |= decoder or {}
+        self.decoder = ViT(self.encoder.grid, 1, depth=decoder_depth, in_channels=code_dim, **sizes)
         self.encode_task_layer = linear_tanh_linear(width, code_dim)
         # One head per teacher. The first has the released name; more than one is ours.
-        first, *more = [linear_tanh_linear(width, dim) for dim in teacher_dims]
+        first, *more = [linear_tanh_linear(self.decoder.width, dim) for dim in teacher_dims]
         self.decode_task_layer = first
         self.more_decode_task_layers = nn.ModuleList(more)
         self.quantize = Codebook(codes, code_dim)
@@ -198,7 +199,7 @@ class VQKD(nn.Module):
         initialise(self.more_decode_task_layers)
 
     def arch(self):
-        return self.encoder.arch()
+        return self.encoder.arch() | dict(decoder_heads=self.decoder.heads)
 
     def project(self, images):
         """Images (B, 3, H, W) in [0, 1] -> h (B, N, D), not yet normalised."""
@@ -404,56 +405,35 @@ def images_and_features(batch, teacher, device):
 
 # --- a tokenizer from a file ----------------------------------------------------------------------
 def read_tokenizer(path):
-    """-> file, weights by name. Dead entries of the released files are passed over."""
-    file = read_file(path, remedy="make it with python vqkd.py, or give --tokenizer FILE")
-    state = weights.state_dict(file, str(path))
-    if "quantize.embedding.weight" not in state:
+    """-> the Checkpoint of a tokenizer, ours or released: its weights, and all its sizes."""
+    checkpoint = weights.read(path, "make it with python vqkd.py, or give --tokenizer FILE")
+    if checkpoint.kind != "vqkd":
         raise UserError(f"{path} is no VQ-KD tokenizer: make one with python vqkd.py")
-    dead = ("teacher", "scaling_layer", "quantize.embedding.cluster_size",
-            "quantize.embedding.embed_avg", "quantize.embedding.initted")
-    return file, {k: t for k, t in state.items() if not k.startswith(dead)}
-
-
-def load_state(model, path):
-    """Load tokenizer weights, ours or released, into `model`; another number of codes is fitted."""
-    _, state = read_tokenizer(path)
-    codes = len(model.quantize.cluster_size)
-    table = state["quantize.embedding.weight"]
-    if len(table) != codes:
-        used = state.get("quantize.cluster_size", torch.ones(len(table)))
-        table, used = resize_codebook(table, used, codes)
-        state |= {"quantize.embedding.weight": table, "quantize.cluster_size": used}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit this tokenizer: {reason}") from error
+    return checkpoint
 
 
 def load_tokenizer(path, device="cpu"):
-    """-> a frozen VQKD in evaluation mode. All sizes are read off the file's own tensors."""
-    file, state = read_tokenizer(path)
-    try:
-        width, _, _, patch = state["encoder.patch_embed.proj.weight"].shape
-        side = round(math.sqrt(state["encoder.pos_embed"].shape[1] - 1))
-        codes, code_dim = state["quantize.embedding.weight"].shape
-        teacher_dims = [len(state["decode_task_layer.2.bias"])]
-    except (KeyError, ValueError, AttributeError) as error:
-        reason = f"{path} is no VQ-KD tokenizer ({error}): make one with python vqkd.py"
-        raise UserError(reason) from error
-    more = [k for k in state if re.fullmatch(r"more_decode_task_layers\.\d+\.2\.bias", k)]
-    teacher_dims += [len(state[k]) for k in more]
-    depth = count_blocks(state, "encoder")
-    decoder_depth = count_blocks(state, "decoder")
-    heads = file.get("arch", {}).get("heads", width // 64)   # released files do not say: 64 a head
-    model = VQKD(side * patch, patch, width, depth, heads, decoder_depth, codes, code_dim,
-                 teacher_dims)
-    load_state(model, path)
+    """-> a frozen VQKD in evaluation mode."""
+    model = weights.build(VQKD, read_tokenizer(path))
     return model.to(device).eval().requires_grad_(False)
 
 
-def count_blocks(state, part):
-    return len({k.split(".")[2] for k in state if k.startswith(f"{part}.blocks.")})
+def load_state(model, path):
+    """Go on from the tokenizer in a file. If its number of codes is another, it is fitted."""
+    checkpoint = read_tokenizer(path)
+    heads = checkpoint.facts["heads"]        # other heads would fit, and mean something else
+    if heads != model.encoder.heads:
+        raise UserError(f"{path} has {heads} attention heads, the model of --model "
+                        f"{model.encoder.heads}: give the --model it was made with")
+    codes = len(model.quantize.cluster_size)
+    table = checkpoint.weights["quantize.embedding.weight"]
+    if len(table) != codes:
+        used = checkpoint.weights.get("quantize.cluster_size", torch.ones(len(table)))
+        table, used = resize_codebook(table, used, codes)
+        fitted = {"quantize.embedding.weight": table, "quantize.cluster_size": used}
+        checkpoint = checkpoint._replace(weights=checkpoint.weights | fitted)
+    weights.check(model.state_dict(), checkpoint)
+    model.load_state_dict(checkpoint.weights)
 
 
 def encode_files(args):

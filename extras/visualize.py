@@ -91,27 +91,12 @@ def saved_args(file):
 
 
 def load_beit(path, device="cpu"):
-    """-> a frozen BEiT with both heads, and its file. All sizes are read off the tensors."""
-    file = read_file(path, remedy="make it with python pretrain.py, or give --backbone FILE")
-    state = weights.state_dict(file, str(path))
-    arch = weights.read_architecture(state, file.get("arch"), str(path))
-    table = "rel_pos_bias.relative_position_bias_table"
-    if "lm_head.weight" not in state or table not in state:
+    """-> (a frozen BEiT with both heads, contents of its file), ours or released."""
+    checkpoint = weights.read(path, "make it with python pretrain.py, or give --backbone FILE")
+    if checkpoint.kind != "pretrain":
         raise UserError(f"{path} has no head over the codes: give a file of python pretrain.py")
-    early = saved_args(file).get("early_layer")
-    if early is None:                        # released files do not say: 9 of 12, 21 of 24
-        early = {24: 21}.get(arch["depth"], arch["depth"] * 3 // 4)
-    sizes = [arch[k] for k in ("image_size", "patch_size", "width", "depth", "heads")]
-    head_blocks = {k.split(".")[1] for k in state if k.startswith("cls_pt_layers.")}
-    model = BEiT(*sizes, codes=len(state["lm_head.weight"]), layer_scale=arch["layer_scale"],
-                 early_layer=early, head_depth=len(head_blocks),
-                 shared_head="cls_pt_lm_head.weight" not in state)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit BEiT: {reason}") from error
-    return model.to(device).eval().requires_grad_(False), file
+    model = weights.build(BEiT, checkpoint)
+    return model.to(device).eval().requires_grad_(False), checkpoint.file
 
 
 # --- what there is to draw from -------------------------------------------------------------------

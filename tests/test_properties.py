@@ -20,7 +20,7 @@ from model import position_table, relative_position_index
 from pretrain import nearest_visible_code, sample_block_mask
 from segment import confusion, poly_schedule, scores, slide, window_starts
 from vqkd import code_sums, codebook_usage, ema_update, kmeans, l2, nearest_code, resize_codebook
-from support.weights import resize_pos_embed, resize_relative_table
+from support.positions import resize_pos_embed, resize_relative_table
 
 configuration.set_hypothesis_home_dir(ROOT / ".pytest_cache" / "hypothesis")         # not a folder of its own
 SEED, SIDE = st.integers(0, 2**31), st.integers(1, 12)
