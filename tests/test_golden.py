@@ -90,8 +90,12 @@ def vqkd_model(g, tmp_path):
     c = g["config"]
     model = vqkd.VQKD(c["img_size"], c["patch_size"], c["embed_dim"], c["enc_depth"], c["num_heads"], c["dec_depth"],
                       c["n_embed"], c["code_dim"], (c["decoder_out_dim"],))
-    torch.save(dict(model=g["state_dict"]), tmp_path / "released.pt")        # loaded as a released file would be
+    # Loaded as a released file would be; of its heads (no 64 numbers each) nothing else tells.
+    file = dict(model=g["state_dict"], arch=dict(heads=c["num_heads"]))
+    torch.save(file, tmp_path / "released.pt")
     vqkd.load_state(model, tmp_path / "released.pt")
+    read = vqkd.load_tokenizer(tmp_path / "released.pt").state_dict()        # sizes from the file
+    assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
     return model
 
 

@@ -75,7 +75,7 @@ def test_every_parameter_has_the_authors_rate_and_decay(tag):
     case = golden("schedules.pt")["param_groups"][tag]
     named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in case["shapes"].items()]
     layered = "layer_scales" in case
-    groups = engine.param_groups(named, case["weight_decay"], skip=case["skip_list"],
+    groups = engine.param_groups(named, case["weight_decay"], skip={name.rpartition(".")[2] for name in case["skip_list"]},
                                  layer_id=(lambda name: finetune.layer_of(name, case["depth"])) if layered else None,
                                  layer_decay=case["layer_decay"] if layered else 1.0, depth=case["depth"])
     ours = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
