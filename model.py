@@ -249,7 +249,8 @@ class ViT(nn.Module):
         height, breadth = self.image_size
         return dict(image_size=height if height == breadth else (height, breadth), patch_size=self.patch_size,
                     width=self.width, depth=self.depth, heads=self.heads, mlp_ratio=self.mlp_ratio,
-                    positions=self.positions, layer_scale=self.layer_scale, pool=self.pool)
+                    positions=self.positions, layer_scale=self.layer_scale, pool=self.pool,
+                    num_classes=self.num_classes)
 
     def embed(self, x, mask=None):
         """Image (B, C, H, W) to tokens (B, T, D). mask (B, N) bool: patches replaced by mask_token (pre-training)."""

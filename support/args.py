@@ -96,9 +96,7 @@ def fill_in(args, models, recipe):
     models: the names of the columns. recipe: {flag: (a value per column)}. Raises UserError for a
     preset that the stage does not have, or for sizes that give no grid of patches.
     """
-    if args.model not in models:
-        raise UserError(f"--model {args.model} is not a preset of this stage; "
-                        f"choose from {', '.join(models)}")
+    check_preset(args, models)
     if args.steps is not None and args.epochs is not None:
         raise UserError(f"--steps {args.steps} and --epochs {args.epochs} both say how long to "
                         f"train: give one of them")
@@ -119,6 +117,12 @@ def fill_in(args, models, recipe):
     if args.image_size % args.patch_size:
         raise UserError(f"--image-size {args.image_size} is not a multiple of "
                         f"--patch-size {args.patch_size}")
+
+
+def check_preset(args, models):
+    if args.model not in models:
+        raise UserError(f"--model {args.model} is not a preset of this stage; "
+                        f"choose from {', '.join(models)}")
 
 
 def flag(name):
