@@ -289,15 +289,15 @@ def open_sets(args, process):
                         f"give {RANDAUGMENT}, for example, or none") from error
     train_set = open_labelled(args.data, "train", augment, args, alone=not args.evaluations)
     val_set = None
-    sets = [train_set]
     if args.evaluations:
         still = transforms.EvalTransform(args.image_size)
         val_set = open_labelled(args.data, "val", still, args)
-        sets.append(val_set)
-    data.leave_out_bad(args, process, *sets)
+    data.leave_out_bad(args, process, train_set, val_set)
     if args.classes:                     # the head gets these classes in this order
-        for dataset in sets:
-            number_by_name(dataset, read_classes(args.classes), args.classes)
+        names = read_classes(args.classes)
+        number_by_name(train_set, names, args.classes)
+        if val_set is not None:
+            number_by_name(val_set, names, args.classes)
     if args.labels_per_class:
         chosen = choose_labels(train_set.labels, args.labels_per_class, args.seed)
         train_set = Few(train_set, chosen)

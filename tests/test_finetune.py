@@ -1,7 +1,8 @@
-"""Fine-tuning: rates by layer, mixed targets, pooling, recipes, and the stage as a student runs it."""
+"""Fine-tuning: mixed targets, pooling, recipes, and the stage as a student runs it."""
 import argparse
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import torch.nn.functional as F
 from conftest import log_lines, stage
 from PIL import Image
 
-from support import engine, transforms
 import finetune
-from support.engine import UserError
-from finetune import RECIPES, choose_labels, hits, layer_of, mix, recipe_for, smooth_targets, soft_cross_entropy
+from finetune import hits, mix, recipe_for, smooth_targets, soft_cross_entropy
 from model import PRESETS, ViT
 from pretrain import BEiT
+from support import transforms
+from support.files import UserError, describe_run, read_file, write_file
+from support.labels import choose_labels
+from support.process import Process, seed_all
+from support.run import Run
 
 TINY = PRESETS["tiny"]
 QUICK = ["--limit", "60", "--batch-size", "20", "--workers", "0", "--amp", "no", "--device", "cpu"]
@@ -26,7 +30,7 @@ def pretrained(tmp_path):
     """A folder with a pretrain.pt of random weights, as pretrain.py leaves it."""
     torch.manual_seed(0)
     model = BEiT(48, 8, TINY["width"], TINY["depth"], TINY["heads"], 64, early_layer=4)
-    engine.write_file(tmp_path / "pretrain.pt", dict(
+    write_file(tmp_path / "pretrain.pt", dict(
         kind="pretrain", preset="tiny", model=model.state_dict(), epochs=8, classes=None,
         arch=dict(image_size=48, patch_size=8, width=model.width, depth=model.depth, heads=model.heads)))
     return tmp_path
@@ -36,24 +40,22 @@ def tiny_vit(**options):
     return ViT(16, 8, 24, 2, 3, **options).eval()
 
 
-# --------------------------------------------------------------------------------------------------------- layer decay
-@pytest.mark.parametrize("name, layer", [
-    ("cls_token", 0), ("pos_embed", 0), ("patch_embed.proj.weight", 0), ("blocks.0.attn.q_bias", 1),
-    ("blocks.0.attn.relative_position_bias_table", 1), ("blocks.11.gamma_2", 12), ("fc_norm.weight", 13),
-    ("norm.bias", 13), ("head.weight", 13), ("rel_pos_bias.relative_position_bias_table", 13)])
-def test_the_layer_of_a_parameter_counts_from_the_embeddings(name, layer):
-    assert layer_of(name, depth=12) == layer
+def started(*flags):
+    """-> the arguments with all defaults, and the contents of the file to start from."""
+    args = finetune.parse_args(list(flags))
+    checkpoint, arch = finetune.read_start(args)
+    return finetune.complete(args, checkpoint, arch), checkpoint
 
 
-def test_each_block_learns_slower_than_the_next_by_the_same_factor():
-    model = tiny_vit(num_classes=5)
-    groups = engine.param_groups(model.named_parameters(), 0.05, layer_id=lambda name: layer_of(name, 2),
-                                 layer_decay=0.65, depth=2)
-    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
-    assert set(scale) == {name for name, _ in model.named_parameters()}
-    assert scale["head.weight"] == 1 and scale["blocks.1.mlp.fc1.weight"] == 0.65
-    assert scale["blocks.0.mlp.fc1.weight"] == pytest.approx(0.65 ** 2)
-    assert scale["cls_token"] == scale["patch_embed.proj.weight"] == pytest.approx(0.65 ** 3)
+def build(*flags, classes):
+    args, checkpoint = started(*flags)
+    return finetune.build(args, checkpoint, classes)
+
+
+def column(preset, *start, **more):
+    """The recipe of one preset, flag by flag."""
+    number = finetune.MODELS.index(preset)
+    return {name: row[number] for name, row in recipe_for(preset, *start, **more).items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- targets
@@ -75,7 +77,7 @@ def test_targets_are_mixed_exactly_as_much_as_the_pixels_are(alphas):
     labels = torch.arange(6)                                 # image i is i everywhere, so its mean tells the mixture
     plain = labels.view(6, 1, 1, 1).expand(6, 3, 20, 20).float()
     for draw in range(20):
-        engine.seed_all(draw)
+        seed_all(draw)
         images, targets = mix(plain.clone(), labels, 6, *alphas, smoothing=0.0)
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
         torch.testing.assert_close(images.mean(dim=(1, 2, 3)), targets @ labels.float(), atol=1e-4, rtol=1e-4)
@@ -85,7 +87,7 @@ def test_targets_are_mixed_exactly_as_much_as_the_pixels_are(alphas):
 
 def test_mixed_targets_keep_the_smoothing():
     pytest.importorskip("timm")
-    engine.seed_all(1)
+    seed_all(1)
     _, targets = mix(torch.rand(6, 3, 20, 20), torch.arange(6), 6, 0.8, 1.0, smoothing=0.1)
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
     torch.testing.assert_close(targets.min(dim=1).values, torch.full((6,), 0.1 / 6))
@@ -98,7 +100,7 @@ def test_mixing_is_a_function_of_the_seed_and_switched_off_by_zero():
     images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
     twice = []
     for _ in range(2):
-        engine.seed_all(0, 7)
+        seed_all(0, 7)
         twice.append(mix(images.clone(), labels, 4, 0.8, 1.0, 0.1)[0])
     assert torch.equal(*twice) and not torch.equal(twice[0], images)
     assert torch.equal(mix(images, labels, 4, 0.0, 0.0, 0.1)[0], images)
@@ -107,7 +109,7 @@ def test_mixing_is_a_function_of_the_seed_and_switched_off_by_zero():
 def test_one_coin_and_one_ratio_are_drawn_for_the_whole_batch():
     pytest.importorskip("timm")
     for draw in range(10):
-        engine.seed_all(draw)
+        seed_all(draw)
         _, targets = mix(torch.rand(6, 3, 20, 20), torch.arange(6), 6, 0.8, 1.0, smoothing=0.0)
         torch.testing.assert_close(targets.diagonal(), targets[0, 0].expand(6))
 
@@ -116,7 +118,7 @@ def test_mixup_and_cutmix_take_half_of_the_batches_each():
     pytest.importorskip("timm")
     plain, boxes = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 20, 20), 0
     for draw in range(100):
-        engine.seed_all(draw)
+        seed_all(draw)
         images, _ = mix(plain.clone(), torch.arange(4), 4, 0.8, 1.0, smoothing=0.0)
         boxes += images[0].unique().numel() > 1              # a box of the partner, where MixUp blends all pixels alike
     assert 35 <= boxes <= 65
@@ -149,7 +151,7 @@ def test_few_labels_are_exactly_so_many_of_every_class_and_a_function_of_the_see
     ("large", 1600, "pretrain", 2e-4, 50, 5, 0.8, 0.2, 0.8, 1.0),
     ("large", 1600, "21k", 7e-5, 20, 5, 0.8, 0.25, 0, 0)])
 def test_recipes_are_the_papers_table(preset, length, init, lr, epochs, warmup, decay, drop, mixup, cutmix):
-    row = recipe_for(preset, length, init)
+    row = column(preset, length, init)
     assert [row[k] for k in ("lr", "epochs", "warmup_epochs", "layer_decay", "drop_path", "mixup", "cutmix")] == [
         lr, epochs, warmup, decay, drop, mixup, cutmix]
     common = [row[k] for k in ("batch_size", "weight_decay", "smoothing", "min_lr", "erasing", "crop_scale")]
@@ -157,13 +159,13 @@ def test_recipes_are_the_papers_table(preset, length, init, lr, epochs, warmup, 
 
 
 def test_scratch_has_one_rate_for_all_layers_and_an_unknown_length_counts_as_300():
-    assert recipe_for("base", None, "scratch")["layer_decay"] == 1.0
-    assert recipe_for("base", None) == recipe_for("base", 300) == RECIPES["base"]
+    assert column("base", None, "scratch")["layer_decay"] == 1.0
+    assert recipe_for("base", None) == recipe_for("base", 300) == finetune.RECIPE
 
 
 @pytest.mark.parametrize("preset, drop", [("base", 0.1), ("large", 0.2)])
 def test_the_recipe_of_intermediate_fine_tuning_is_the_papers_and_evaluates_nothing(preset, drop):
-    row = recipe_for(preset, 1600, intermediate=True)
+    row = column(preset, 1600, intermediate=True)
     assert [row[k] for k in ("lr", "epochs", "warmup_epochs", "layer_decay", "drop_path", "mixup", "cutmix")] == [
         6e-4, 90, 20, 0.75, drop, 0.8, 1.0]
     assert row["batch_size"] == 4096 and row["evaluations"] == 0 and row["data"] == "datasets/imagenet21k"
@@ -172,8 +174,8 @@ def test_the_recipe_of_intermediate_fine_tuning_is_the_papers_and_evaluates_noth
 @pytest.mark.parametrize("stated", [dict(epochs=1600), dict(args=argparse.Namespace(epochs=1600))])     # ours, released
 def test_flags_win_over_the_length_of_pretraining_read_from_the_checkpoint(tmp_path, stated):
     model = BEiT(224, 16, 768, 1, 12, 8, early_layer=1)
-    engine.write_file(tmp_path / "pretrain.pt", dict(model=model.state_dict(), **stated))
-    args = finetune.parse_args(["--model", "base", "--out", str(tmp_path), "--drop-path", "0.3"])
+    write_file(tmp_path / "pretrain.pt", dict(model=model.state_dict(), **stated))
+    args, _ = started("--model", "base", "--out", str(tmp_path), "--drop-path", "0.3")
     assert (args.layer_decay, args.drop_path, args.lr, args.image_size) == (0.60, 0.3, 5e-4, 224)
 
 
@@ -215,8 +217,7 @@ def test_the_mean_is_taken_before_the_norm():
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_a_new_head_knows_nothing_and_the_norm_is_fresh_only_for_mean_pooling(pretrained, pool):
-    args = finetune.parse_args(["--out", str(pretrained), "--pool", pool])
-    model, report = finetune.build(args, classes=10)
+    model, report = build("--out", str(pretrained), "--pool", pool, classes=list(range(10)))
     loss = F.cross_entropy(model.eval()(torch.randn(4, 3, 48, 48)), torch.arange(4))
     assert loss.item() == pytest.approx(math.log(10), abs=1e-3)
     assert {k.split(".")[0] for k in report.missing} == ({"fc_norm", "head"} if pool == "mean" else {"head"})
@@ -225,12 +226,12 @@ def test_a_new_head_knows_nothing_and_the_norm_is_fresh_only_for_mean_pooling(pr
 def test_a_head_is_kept_for_the_same_classes_and_begun_afresh_for_others(tmp_path):
     model = ViT(**TINY, num_classes=3)
     names = ["cat", "cow", "dog"]
-    engine.write_file(tmp_path / "21k.pt", dict(kind="finetune", model=model.state_dict(), classes=names))
-    args = finetune.parse_args(["--init", "21k", "--checkpoint", str(tmp_path / "21k.pt")])
-    kept, _ = finetune.build(args, 3, names)
+    write_file(tmp_path / "21k.pt", dict(kind="finetune", model=model.state_dict(), classes=names))
+    start = "--init", "21k", "--checkpoint", str(tmp_path / "21k.pt")
+    kept, _ = build(*start, classes=names)
     assert torch.equal(kept.head.weight, model.head.weight)
     for classes in (["ant", "bee", "fly"], ["ant", "bee"]):
-        fresh, report = finetune.build(args, len(classes), classes)
+        fresh, report = build(*start, classes=classes)
         assert report.missing == ["head.weight", "head.bias"] and 0 < fresh.head.weight.abs().max() < 1e-3
         assert torch.equal(fresh.fc_norm.weight, model.fc_norm.weight) and "head.weight" not in report.loaded
 
@@ -239,12 +240,11 @@ def test_a_head_is_kept_for_the_same_classes_and_begun_afresh_for_others(tmp_pat
 @pytest.mark.parametrize("classes", [["ant", "bee", "fly"], ["ant", "bee"]])
 def test_another_pooling_than_a_classifiers_is_refused_whatever_its_classes(tmp_path, pool, other, classes):
     model = ViT(**TINY, pool=pool, num_classes=3)            # its norm was trained, so it must not be dropped silently
-    engine.write_file(tmp_path / "21k.pt", dict(model=model.state_dict(), classes=["cat", "cow", "dog"]))
+    write_file(tmp_path / "21k.pt", dict(model=model.state_dict(), classes=["cat", "cow", "dog"]))
     run = ["--init", "21k", "--checkpoint", str(tmp_path / "21k.pt"), "--pool"]
     with pytest.raises(UserError, match="trained with .* pooling"):
-        finetune.build(finetune.parse_args([*run, other]), len(classes), classes)
-    assert finetune.build(finetune.parse_args([*run, pool]), len(classes), classes)[1].missing == [
-        "head.weight", "head.bias"]
+        build(*run, other, classes=classes)
+    assert build(*run, pool, classes=classes)[1].missing == ["head.weight", "head.bias"]
 
 
 def picture_folders(root, classes):
@@ -262,28 +262,27 @@ def test_a_21k_file_hands_over_fc_norm_and_everything_but_the_head(pretrained, m
         picture_folders(few / split, "bdx")
     run = ["--batch-size", "6", "--workers", "0", "--amp", "no", "--device", "cpu", "--out", str(pretrained)]
     assert finetune.main([*run, "--intermediate", "--steps", "3", "--lr", "1e-2", "--data", str(many)]) == {}
-    middle = engine.read_file(pretrained / "finetune_21k.pt", kind="finetune_21k")
+    middle = read_file(pretrained / "finetune_21k.pt", kind="finetune_21k")
     assert middle["classes"] == list("abcdef") and not (pretrained / "finetune.pt").exists()
     assert (middle["model"]["fc_norm.weight"] != 1).any()    # it has learned
 
-    args = finetune.parse_args([*run, "--init", "21k"])      # finds the file by itself
-    model, report = finetune.build(args, 3, list("bdx"))
+    model, report = build(*run, "--init", "21k", classes=list("bdx"))    # finds the file by itself
     own = model.state_dict()
     assert report.missing == ["head.weight", "head.bias"] and report.unexpected == []
     assert own["head.weight"].shape == (3, 128) and own["head.weight"].abs().max() < 1e-3
     assert all(torch.equal(own[k], v) for k, v in middle["model"].items() if not k.startswith("head."))
 
     result = finetune.main([*run, "--init", "21k", "--steps", "2", "--data", str(few)])
-    last = engine.read_file(pretrained / "finetune.pt", kind="finetune")
+    last = read_file(pretrained / "finetune.pt", kind="finetune")
     assert result["images"] == 12 and last["classes"] == ["b", "d", "x"]
 
 
 def test_a_class_list_gives_the_head_its_classes_and_their_order(pretrained):
     picture_folders(pretrained / "some", "db")
     (pretrained / "names").write_text("d\nc\nb\na\n")      # the folders are some of them, in another order
-    args = finetune.parse_args(["--out", str(pretrained), "--data", str(pretrained / "some"), "--evaluations", "0",
-                                "--classes", str(pretrained / "names")])
-    train_set, val_set = finetune.open_sets(args, engine.Process())
+    args, _ = started("--out", str(pretrained), "--data", str(pretrained / "some"),
+                      "--evaluations", "0", "--classes", str(pretrained / "names"))
+    train_set, val_set = finetune.open_sets(args, Process())
     assert val_set is None and train_set.classes == ["d", "c", "b", "a"]
     assert train_set.labels.tolist() == 4 * [2] + 4 * [0]                        # b, then d
     assert [train_set[0, i][1] for i in (0, 7)] == [2, 0]
@@ -295,9 +294,9 @@ def test_base_at_a_higher_resolution_is_built_from_a_checkpoint_of_224(tmp_path,
     source = BEiT(224, 16, 768, 1, 12, 8, early_layer=1).state_dict()
     table = source["rel_pos_bias.relative_position_bias_table"]
     table.copy_(torch.randn(table.shape))
-    engine.write_file(tmp_path / "pretrain.pt", dict(model=source))
-    args = finetune.parse_args(["--model", "base", "--out", str(tmp_path), "--image-size", str(size)])
-    model, report = finetune.build(args, 5)
+    write_file(tmp_path / "pretrain.pt", dict(model=source))
+    flags = "--model", "base", "--out", str(tmp_path), "--image-size", str(size)
+    model, report = build(*flags, classes=list("abcde"))
     resized = model.blocks[0].attn.relative_position_bias_table
     assert model.grid == (side, side) and resized.shape == ((2 * side - 1) ** 2 + 3, 12)
     torch.testing.assert_close(resized[-3:], table[-3:])     # the rows of [CLS]
@@ -310,7 +309,7 @@ def test_base_at_a_higher_resolution_is_built_from_a_checkpoint_of_224(tmp_path,
 def test_a_classifier_can_be_trained_and_measured_at_another_resolution(pretrained, size):
     out = ["--out", str(pretrained)]
     finetune.main(QUICK + out + ["--steps", "2", "--image-size", str(size)])
-    file = engine.read_file(pretrained / "finetune.pt")
+    file = read_file(pretrained / "finetune.pt")
     assert file["image_size"] == size and len(file["model"]["blocks.5.attn.relative_position_bias_table"]) == (
         2 * size // 8 - 1) ** 2 + 3
     evaluated = finetune.main(QUICK + out + ["--eval"])      # at the size of the file
@@ -318,8 +317,8 @@ def test_a_classifier_can_be_trained_and_measured_at_another_resolution(pretrain
     for other in ("48", "112"):
         assert finetune.main(QUICK + out + ["--eval", "--image-size", other])["images"] == 60
     # Going on at another size from a classifier of the same classes keeps its head.
-    args = finetune.parse_args(["--init", "21k", "--checkpoint", str(pretrained / "finetune.pt"), "--image-size", "48"])
-    model, report = finetune.build(args, 10, file["classes"])
+    model, report = build("--init", "21k", "--checkpoint", str(pretrained / "finetune.pt"),
+                          "--image-size", "48", classes=file["classes"])
     assert report.missing == [] and torch.equal(model.head.weight, file["model"]["head.weight"])
 
 
@@ -335,9 +334,8 @@ def test_a_tokenizers_encoder_can_be_fine_tuned_and_its_norm_goes_along(tmp_path
     encoder = ViT(**TINY | dict(depth=4, layer_scale=0.0), positions="absolute")
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     state["quantize.embedding.weight"] = torch.zeros(64, 16)
-    engine.write_file(tmp_path / "vqkd.pt", dict(kind="vqkd", model=state, arch=dict(TINY, depth=4)))
-    args = finetune.parse_args(["--checkpoint", str(tmp_path / "vqkd.pt")])
-    model, report = finetune.build(args, classes=10)
+    write_file(tmp_path / "vqkd.pt", dict(kind="vqkd", model=state, arch=dict(TINY, depth=4)))
+    model, report = build("--checkpoint", str(tmp_path / "vqkd.pt"), classes=list(range(10)))
     assert model.depth == 4 and model.heads == TINY["heads"] and report.missing == ["head.weight", "head.bias"]
 
 
@@ -357,18 +355,18 @@ def test_a_killed_run_started_again_ends_with_the_same_bits_and_log(pretrained, 
     whole, parts = pretrained / "whole", pretrained / "parts"
     finetune.main(flags + ["--out", str(whole)])
 
-    save = engine.save_resume
+    save = Run.save
 
-    def save_and_die(*args):
-        save(*args)
+    def save_and_die(run):
+        save(run)
         raise Killed
-    monkeypatch.setattr(engine, "save_resume", save_and_die)
+    monkeypatch.setattr(Run, "save", save_and_die)
     for _ in range(2):                                       # killed after 3 and after 6 of 7 steps
         with pytest.raises(Killed):
             finetune.main(flags + ["--out", str(parts)])
     assert (parts / "finetune.resume.pt.prev").exists()
     finetune.main(flags + ["--out", str(parts)])
-    one, two = (engine.read_file(folder / "finetune.pt") for folder in (whole, parts))
+    one, two = (read_file(folder / "finetune.pt") for folder in (whole, parts))
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
     assert figures(whole / "finetune.jsonl") == figures(parts / "finetune.jsonl")
     assert not (parts / "finetune.resume.pt").exists()
@@ -378,9 +376,10 @@ def test_a_run_does_not_go_on_with_other_classes(tmp_path):
     for split in ("train", "val"):
         picture_folders(tmp_path / "data" / split, "abc")
     flags = [*QUICK, "--batch-size", "4", "--init", "scratch", "--data", str(tmp_path / "data"), "--out", str(tmp_path)]
-    args = finetune.parse_args(flags)
+    args, _ = started(*flags)
     args.micro_batch = args.batch_size
-    engine.save_resume("finetune", args, engine.describe_run("finetune", args) | dict(classes=["a", "b", "d"], step=1))
+    write_file(tmp_path / "finetune.resume.pt", describe_run("finetune", args) | dict(
+        classes=["a", "b", "d"], epochs=args.epochs, step=1))
     with pytest.raises(UserError, match="classes of .*data are no longer those of the run in .*: restore .* --fresh"):
         finetune.main(flags)
 
@@ -394,7 +393,7 @@ def test_the_script_lowers_the_loss_and_its_file_says_what_it_is(pretrained, cap
     assert lines[-1]["summary"] == summary["summary"] == 1
     assert lines[-1]["top1"] == pytest.approx(summary["top1"], abs=1e-3)
     assert {"top1", "top5", "best_top1", "best_epoch", "loss", "images"} <= summary.keys()
-    file = engine.read_file(pretrained / "finetune.pt", kind="finetune")
+    file = read_file(pretrained / "finetune.pt", kind="finetune")
     assert len(file["classes"]) == 10 and file["preset"] == "tiny" and file["args"]["init"] == "pretrain"
     ViT(**file["arch"]).load_state_dict(file["model"])
 
@@ -418,7 +417,7 @@ def test_two_processes_train_and_count_as_one_does(pretrained):
     first = ["--checkpoint", pretrained / "pretrain.pt"]
     stage("finetune.py", *run, *first, "--out", pretrained / "one")
     stage("finetune.py", *run, *first, "--out", pretrained / "two", processes=2)
-    one, two = (engine.read_file(pretrained / name / "finetune.pt") for name in ("one", "two"))
+    one, two = (read_file(pretrained / name / "finetune.pt") for name in ("one", "two"))
     assert one["result"]["images"] == two["result"]["images"] == 41          # every image once, though 41 is odd
     assert two["result"]["top1"] == pytest.approx(one["result"]["top1"])
     assert two["result"]["loss"] == pytest.approx(one["result"]["loss"], abs=1e-5)
@@ -434,13 +433,13 @@ def test_two_processes_train_and_count_as_one_does(pretrained):
 # -------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("flags, sentence", [
     ([], "there is no file .*pretrain.pt; make it with python pretrain.py"),
-    (["--init", "21k"], "there is no file .*finetune_21k.pt; make it with python finetune.py --model tiny --intermed"),
+    (["--init", "21k"], "there is no file .*finetune_21k.pt; make it with python finetune.py --intermediate --model tiny"),
     (["--init", "scratch", "--intermediate"], "--intermediate starts from pre-training"),
     (["--init", "scratch", "--checkpoint", "x.pt"], "leave out --checkpoint"),
     (["--init", "scratch", "--model", "huge"], "--model huge"),
-    (["--init", "scratch", "--image-size", "50"], "50x50 is not a multiple of the patch size 8"),
-    (["--init", "scratch", "--layer-decay", "0"], "--layer-decay must lie in"),
-    (["--init", "scratch", "--mixup", "nan"], "--mixup must lie in"),
+    (["--init", "scratch", "--image-size", "50"], "--image-size 50 is not a multiple of --patch-size 8"),
+    (["--init", "scratch", "--layer-decay", "0"], "--layer-decay: must lie in"),
+    (["--init", "scratch", "--mixup", "nan"], "--mixup: must lie in"),
     (["--eval"], "there is no file .*finetune.pt"),
     (["--init", "scratch", "--data", "/nowhere"], "/nowhere"),
     (["--init", "scratch", "--randaugment", "nonsense"], "--randaugment nonsense"),
@@ -462,7 +461,7 @@ def test_checkpoints_of_another_kind_or_size_are_refused(pretrained):
         finetune.main(QUICK + out + ["--model", "base"])
     with pytest.raises(UserError, match="--patch-size 16"):
         finetune.main(QUICK + out + ["--patch-size", "16"])
-    engine.write_file(pretrained / "classifier.pt", dict(model=ViT(**TINY, num_classes=4).state_dict()))
+    write_file(pretrained / "classifier.pt", dict(model=ViT(**TINY, num_classes=4).state_dict()))
     with pytest.raises(UserError, match="is a classifier already: use --init 21k"):
         finetune.main(QUICK + out + ["--checkpoint", str(pretrained / "classifier.pt")])
     with pytest.raises(UserError, match="knows 4 classes, shapes has 10"):
@@ -476,4 +475,27 @@ def test_a_mistake_exits_with_code_2_and_no_traceback(tmp_path):
 
 def test_dry_run_needs_neither_data_nor_checkpoint(tmp_path, capsys):
     assert finetune.main(["--model", "base", "--data", "/nowhere", "--dry-run", "--out", str(tmp_path)]) is None
-    assert "layer_decay        0.65" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"layer_decay +0\.65\n", said) and "1000 classes" in said
+
+
+def test_parsing_the_arguments_opens_no_file(tmp_path):
+    args = finetune.parse_args(["--checkpoint", str(tmp_path / "missing.pt"), "--data", "/nowhere"])
+    assert (args.layer_decay, args.image_size) == (None, None)       # these depend on the file
+
+
+def test_several_data_sets_are_answered_with_the_command_that_measures_them(tmp_path):
+    words = "python -m extras.robustness CHECKPOINT --data shapes shapes:blur"
+    for flags in (["--init", "scratch"], ["--eval"]):
+        with pytest.raises(UserError, match=words):
+            finetune.main([*QUICK, *flags, "--out", str(tmp_path), "--data", "shapes", "shapes:blur"])
+
+
+def test_the_best_evaluation_is_kept_and_not_the_last():
+    best = finetune.Best()
+    for epoch, top1 in enumerate([10.0, 30.0, 20.0, 30.0]):
+        best.update({"top1": top1}, epoch)
+    assert best.state_dict() == {"best_top1": 30.0, "best_epoch": 1}
+    again = finetune.Best()
+    again.load_state_dict(best.state_dict())
+    assert again.facts == best.facts

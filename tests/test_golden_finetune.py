@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import engine
 import finetune
-from support import weights
 from model import ViT
+from support import weights
+from support.optim import param_groups
 
 GOLDEN = os.environ.get("BEIT2_GOLDEN")
 pytestmark = pytest.mark.skipif(not GOLDEN, reason="set BEIT2_GOLDEN to the folder with the recorded numbers")
@@ -74,10 +74,12 @@ def test_tables_of_other_sizes_are_the_authors():
 def test_every_parameter_has_the_authors_rate_and_decay(tag):
     case = golden("schedules.pt")["param_groups"][tag]
     named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in case["shapes"].items()]
-    layered = "layer_scales" in case
-    groups = engine.param_groups(named, case["weight_decay"], skip={name.rpartition(".")[2] for name in case["skip_list"]},
-                                 layer_id=(lambda name: finetune.layer_of(name, case["depth"])) if layered else None,
-                                 layer_decay=case["layer_decay"] if layered else 1.0, depth=case["depth"])
+    skip = {name.rsplit(".", 1)[-1] for name in case["skip_list"]}   # ours go by the last part
+    options = {}
+    if "layer_scales" in case:
+        options = dict(layer_id=lambda name: finetune.layer_of(name, case["depth"]),
+                       layer_decay=case["layer_decay"], depth=case["depth"])
+    groups = param_groups(named, case["weight_decay"], skip=skip, **options)
     ours = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
     assert ours.keys() == case["per_param"].keys()
     for name, (scale, decay) in case["per_param"].items():

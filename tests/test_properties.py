@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from support import data, engine
 from support.scenes import fit_size
 from support.scenes import IGNORE
-from finetune import choose_labels, hits, mix, restrict, smooth_targets, soft_cross_entropy
+from extras.robustness import restrict
+from finetune import hits, mix, smooth_targets, soft_cross_entropy
+from support.labels import choose_labels
 from linprobe import accuracy, hold_out
 from model import position_table, relative_position_index
 from pretrain import nearest_visible_code, sample_block_mask

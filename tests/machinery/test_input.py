@@ -30,6 +30,7 @@ from support import teachers
 from extras import visualize
 import vqkd
 from support.engine import UserError
+from support.labels import columns_of
 from support.run import contents
 from model import PRESETS, ViT
 
@@ -311,7 +312,7 @@ def test_names_may_hold_anything_and_an_error_about_them_is_one_line(tmp_path, o
     assert shown(f"{odd}.png (") in line
     for call in (lambda: data.open_data(str(broken), "train"), lambda: open_scenes(str(broken), "train"),
                  lambda: open_class_folders(str(broken.parent)), lambda: data.open_data(str(root / "val"), "val"),
-                 lambda: finetune.columns_of(train_of(root), ["plain"], "x.pt")):
+                 lambda: columns_of(train_of(root), ["plain"], "x.pt")):
         assert shown(odd) in sentence(call)
 
 

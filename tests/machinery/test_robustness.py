@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from conftest import log_lines, stage
 from PIL import Image
 
-from support import data, engine, transforms
-from support.shapes import SHIFTS, Shapes, TEXTURES, draw_shapes, shift_shapes, unseen_textures
-import finetune
-from support.engine import UserError
-from finetune import columns_of, hits, read_classes, restrict
-from model import PRESETS, ViT
+from extras import robustness
+from extras.robustness import restrict
+from finetune import hits
+from model import PRESETS, ViT, imagenet_normalize
+from support import data, transforms
+from support.files import UserError, read_file, write_file
+from support.labels import columns_of, open_labelled, read_classes
+from support.shapes import SHIFTS, TEXTURES, Shapes, draw_shapes, shift_shapes, unseen_textures
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]    # the order of the logits
-RUN = ["--workers", "0", "--amp", "no", "--device", "cpu", "--batch-size", "8"]
+RUN = ["--workers", "0", "--amp", "no", "--device", "cpu", "--micro-batch", "8"]
 
 
 def fill(folder, classes, each=2):
@@ -38,12 +40,14 @@ def classifier(tmp_path):
     torch.nn.init.normal_(model.head.weight)
     model.head.bias.data[0] = 1000                           # it says "ant", unless that is not to be had
     for name, classes in (("finetune", NAMES), ("bare", None)):
-        engine.write_file(tmp_path / f"{name}.pt", dict(kind="finetune", model=model.state_dict(), classes=classes))
+        write_file(tmp_path / f"{name}.pt", dict(kind="finetune", model=model.state_dict(), classes=classes))
     return tmp_path
 
 
-def run(folder, *flags):
-    return finetune.main([*RUN, "--eval", "--out", str(folder), *map(str, flags)])
+def run(folder, *flags, file="finetune.pt"):
+    """-> the result of each data set, in the order given."""
+    results = robustness.main([str(folder / file), *RUN, *map(str, flags)])
+    return list(results.values())
 
 
 # -------------------------------------------------------------------------------------------------- restricted logits
@@ -65,15 +69,16 @@ def test_restricted_accuracy_is_never_below_the_unrestricted_on_the_same_images(
 
 def test_a_class_is_found_by_its_name_whatever_its_place_among_the_folders(classifier, tmp_path):
     fill(tmp_path / "some", ["gnu", "bee", "dog"], each=3)
-    args = finetune.parse_args([*RUN, "--eval", "--out", str(classifier)])
-    few = finetune.open_set(str(tmp_path / "some"), "val", transforms.EvalTransform(48), args, alone=True)
+    args = robustness.parse_args([str(classifier / "finetune.pt"), *RUN, "--data", "any"])
+    folder = str(tmp_path / "some")
+    few = open_labelled(folder, "val", transforms.EvalTransform(48), args, alone=True)
     assert few.classes == ["bee", "dog", "gnu"] and columns_of(few, NAMES, "x").tolist() == [1, 3, 6]
     model = ViT(**PRESETS["tiny"], num_classes=7).eval()
-    model.load_state_dict(engine.read_file(classifier / "finetune.pt")["model"])
+    model.load_state_dict(read_file(classifier / "finetune.pt")["model"])
     images = torch.stack([few[i][0] for i in range(9)]) / 255
-    logits = model(finetune.imagenet_normalize(images)).detach()
+    logits = model(imagenet_normalize(images)).detach()
     truth = torch.tensor([1, 1, 1, 3, 3, 3, 6, 6, 6])
-    result = run(classifier, "--data", tmp_path / "some")
+    result, = run(classifier, "--data", folder)
     assert result["top1"] == 0 < result["restricted_top1"]
     by_hand = torch.tensor([1, 3, 6])[logits[:, [1, 3, 6]].argmax(1)]
     assert result["restricted_top1"] == pytest.approx(100 * (by_hand == truth).float().mean().item())
@@ -96,7 +101,7 @@ def test_a_limit_takes_away_images_but_no_classes(classifier, tmp_path):
 
 def test_several_folders_in_one_call_give_one_table_and_a_line_each(classifier, tmp_path, capsys):
     one, two = (str(fill(tmp_path / name, NAMES[:n])) for name, n in (("one", 3), ("two", 7)))
-    results = run(classifier, "--data", one, two)
+    results = dict(zip((one, two), run(classifier, "--data", one, two), strict=True))
     lines = log_lines(classifier / "finetune_eval.jsonl")
     assert [line.get("data") for line in lines[1:3]] == [one, two] == list(results)
     assert lines[1]["restricted_top1"] >= lines[1]["top1"] and lines[2]["restricted_top1"] == lines[2]["top1"]
@@ -111,10 +116,11 @@ def test_a_file_without_class_names_is_read_with_a_list_of_them(classifier, tmp_
     (tmp_path / "names").write_text(json.dumps(NAMES) if as_json else "\n".join(NAMES) + "\n")
     assert read_classes(tmp_path / "names") == NAMES
     fill(tmp_path / "some", ["gnu", "bee"])
-    bare = "--checkpoint", classifier / "bare.pt", "--data", tmp_path / "some"
+    some = "--data", tmp_path / "some"
     with pytest.raises(UserError, match="knows 7 classes, .*some has 2: .*--classes FILE"):
-        run(classifier, *bare)
-    assert run(classifier, *bare, "--classes", tmp_path / "names") == run(classifier, "--data", tmp_path / "some")
+        run(classifier, *some, file="bare.pt")
+    named = run(classifier, *some, "--classes", tmp_path / "names", file="bare.pt")
+    assert named == run(classifier, *some)
 
 
 def test_a_second_measurement_is_added_to_the_first(classifier, tmp_path):
@@ -149,12 +155,15 @@ def test_a_bad_class_list_is_one_sentence(classifier, tmp_path, text, sentence):
     if text is not None:
         (tmp_path / "names").write_text(text)
     with pytest.raises(UserError, match=sentence):
-        run(classifier, "--classes", tmp_path / "names")
+        run(classifier, "--data", "shapes", "--classes", tmp_path / "names")
 
 
-def test_training_reads_one_data_set(tmp_path):
-    with pytest.raises(UserError, match="training reads one data set"):
-        finetune.main([*RUN, "--init", "scratch", "--out", str(tmp_path), "--data", "shapes", "shapes:blur"])
+def test_a_file_that_is_no_classifier_is_refused(tmp_path):
+    write_file(tmp_path / "vit.pt", dict(model=ViT(**PRESETS["tiny"], pool=None).state_dict()))
+    with pytest.raises(UserError, match="holds no classifier"):
+        run(tmp_path, "--data", "shapes", file="vit.pt")
+    with pytest.raises(UserError, match="there is no file .*none.pt; make it with python finetune"):
+        run(tmp_path, "--data", "shapes", file="none.pt")
 
 
 # ------------------------------------------------------------------------------------------------------ shifted shapes
@@ -233,11 +242,13 @@ def test_new_textures_lie_behind_the_object():
 
 @pytest.mark.slow
 def test_the_table_of_shifts_is_one_command(tmp_path):
-    stage("finetune.py", *RUN[:-1], 40, "--init", "scratch", "--steps", 40, "--limit", 400, "--out", tmp_path)
+    stage("finetune.py", *RUN[:-2], "--init", "scratch", "--steps", 40, "--limit", 400,
+          "--batch-size", 40, "--out", tmp_path)
     kinds = ["shapes"] + [f"shapes:{shift}" for shift in SHIFTS]
-    done = stage("finetune.py", *RUN, "--eval", "--out", tmp_path, "--limit", 100, "--data", *kinds)
+    command = "extras.robustness", tmp_path / "finetune.pt", *RUN, "--limit", 100, "--data", *kinds
+    done = stage(*command)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("shapes")] == kinds
     found = json.loads(done.stdout.splitlines()[-1])["restricted_top1"]
     assert list(found) == kinds and re.search("among these classes", done.stdout)
-    two = stage("finetune.py", *RUN, "--eval", "--out", tmp_path, "--limit", 100, "--data", *kinds, processes=2)
+    two = stage(*command, processes=2)
     assert json.loads(two.stdout.splitlines()[-1])["restricted_top1"] == found
