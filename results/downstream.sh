@@ -21,7 +21,7 @@ done
 shifts="shapes shapes:noise shapes:blur shapes:textures shapes:grey shapes:contrast shapes:sketch"
 for s in 0 1 2; do
     for run in hog-$s scratch-3e-3-$s scratch-1e-2-$s; do
-        python finetune.py --workers 0 --eval --out runs/$run --data $shifts
+        python -m extras.robustness runs/$run/finetune.pt --workers 0 --data $shifts
     done
 done
 cp runs/hog-0/segment.png results/segment.png

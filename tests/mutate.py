@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600              # seconds until a test that does not end counts as failed
 TESTS = {                # which tests/test_*.py run, in this order, where a bug names no others
     "vqkd.py": "nearest_code straight_through vqkd_loss ema", "pretrain.py": "block_mask aggregation",
-    "model.py": "model aggregation", "finetune.py": "finetune", "linprobe.py": "linprobe", "segment.py": "segment",
+    "model.py": "model aggregation", "finetune.py": "layer_decay finetune", "linprobe.py": "linprobe", "segment.py": "segment",
     "support/run.py": "engine", "support/optim.py": "engine", "support/data.py": "data",
     "support/weights.py": "weights", "support/teachers.py": "teachers"}
 RANKS = "runs::test_two_processes_and_accumulation_train_the_tokenizer_of_one_process_with_equal_codebooks"
@@ -156,10 +156,15 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
         ("mixed targets not smoothed", "label_smoothing=smoothing", "label_smoothing=0"),
         ("a ratio for every image", 'mode="batch"', 'mode="elem"'),
         ("CutMix always", "switch_prob=0.5", "switch_prob=1"),
-        ("new head at full size", "HEAD_SCALE = 0.001", "HEAD_SCALE = 1.0"),
-        ("trained on pixels in [0, 1]", "ddp(imagenet_normalize(images))", "ddp(images)", LOOPS),
+        ("new head at full size", "head.weight.mul_(0.001)", "head.weight.mul_(1.0)"),
+        ("a head for other classes kept", "initialise(model.head)  ", "pass  "),
+        ("1600 epochs as 300", ">= 1600", "> 1600"),
+        ("the last evaluation called the best", 'result["top1"] > self.facts.get("best_top1", -1)',
+         "True"),
+        ("trained on pixels in [0, 1]", "network(imagenet_normalize(images))", "network(images)", LOOPS),
         ("evaluated on pixels in [0, 1]", "model.pooled(imagenet_normalize(images))", "model.pooled(images)", LOOPS),
-        ("layer decay not handed on", "layer_decay=args.layer_decay)", "layer_decay=1)", LOOPS),
+        ("layer decay not handed on", "args.weight_decay, args.layer_decay)", "args.weight_decay, 1.0)",
+         LOOPS),
         ("smoothing not handed on", "args.cutmix, args.smoothing)", "args.cutmix, 0)", LOOPS),
     ],
     "linprobe.py": [

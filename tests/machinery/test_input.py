@@ -522,7 +522,7 @@ def test_the_parsers_have_the_numeric_flags_that_this_file_is_about():
 @pytest.mark.parametrize("call, flags, words", [
     (vqkd.parse_args, "--image-size 1000000", r"--image-size must lie in \[8, 1024\]"),
     (pretrain.parse_args, "--patch-size 1 --image-size 224", "--image-size must lie in"),    # 50,176 patches squared
-    (finetune.parse_args, "--init scratch --patch-size 49", r"--patch-size must lie in \[1, 48\]"),
+    (finetune.main, "--init scratch --patch-size 49", r"--patch-size must lie in \[1, 48\]"),
     (linprobe.parse_args, "--source random --image-size 50", "image size 50x50 is not a multiple of the patch size 8"),
     (segment.parse_args, "--init scratch --image-size 50", "image size 50x50 is not a multiple of the patch size 8"),
     (vqkd.parse_args, "--steps 10 --epochs 2", "--steps 10 and --epochs 2"),
