@@ -131,7 +131,7 @@ def new_head(model):
 def build(args, checkpoint, classes):
     """The backbone with a head for `classes`, a list of names.  -> ViT, Report of the names loaded
 
-    checkpoint: the dict of read_start. None means random weights, and then the report is None.
+    checkpoint: from read_start. None means random weights, and then the report is None, too.
     A head from the checkpoint is kept only if it has the same classes.
     """
     if checkpoint is None:
@@ -141,9 +141,9 @@ def build(args, checkpoint, classes):
         return model, None
     model, _, report = weights.load_backbone(
         checkpoint, pool=args.pool, num_classes=len(classes), image_size=args.image_size,
-        drop_path=args.drop_path, name=str(args.checkpoint))
-    names = checkpoint.get("classes") or classes             # released files name no classes
-    if names != list(classes) and "head.weight" in report.loaded:
+        drop_path=args.drop_path)
+    names = checkpoint.file.get("classes") or classes        # released files name no classes
+    if names != classes and "head.weight" in report.loaded:
         initialise(model.head)           # as many classes, but others
         report = report._replace(
             loaded=[name for name in report.loaded if not name.startswith("head.")],
@@ -315,10 +315,10 @@ def refuse_odd_batches(args, processes):
 def evaluate_file(args, checkpoint):
     """--eval: measure a classifier in a file on held-out images.  -> the result of evaluate"""
     run = Run("finetune_eval", args)
-    model, _, _ = weights.load_backbone(checkpoint, pool=None, num_classes=None,
-                                        image_size=args.image_size, name=str(args.checkpoint))
+    model, file, _ = weights.load_backbone(checkpoint, pool=None, num_classes=None,
+                                           image_size=args.image_size)
     still = transforms.EvalTransform(args.image_size)
-    dataset, _ = open_for_classifier(args.data, still, args, checkpoint, model.num_classes)
+    dataset, _ = open_for_classifier(args.data, still, args, file, model.num_classes)
     data.leave_out_bad(args, run, dataset)
     log = Log(args.out / "finetune_eval.jsonl", args, run, append=True)
     result = evaluate(model.to(run.device), dataset, run)
@@ -383,32 +383,35 @@ def start_file(args):
 
 
 def read_start(args):
-    """The file to start from, or with --eval to measure; read once.  -> contents, arch
+    """The file to start from, or with --eval to measure; read once.  -> Checkpoint or None
 
-    Both are None for random weights, and for a dry run without the file. Raises UserError if the
-    file is missing or of another kind or size than the flags say.
+    None: random weights, or a dry run without the file. Raises UserError if the file is missing or
+    of another kind or size than the flags say.
     """
     path = args.checkpoint
     if path is None or (args.dry_run and not path.is_file()):
-        return None, None
+        return None
     needs_classifier = args.eval or args.init == "21k"
     script = "finetune.py" if needs_classifier else "pretrain.py"
     if path.stem == "finetune_21k":
         script += " --intermediate"
-    checkpoint, kind, arch = weights.look_at(path, args.model, remedy=(
+    checkpoint = weights.read(path, remedy=(
         f"make it with python {script} --model {args.model} --out {path.parent}, "
         f"or give --checkpoint FILE, ours or released"))
-    if kind == "finetune" and not needs_classifier:
+    weights.check_width(checkpoint, args.model)
+    if checkpoint.kind == "finetune" and not needs_classifier:
         raise UserError(f"{path} is a classifier already: use --init 21k to go on from it")
-    if kind != "finetune" and args.init == "21k":
-        raise UserError(f"{path} is no classifier: use --init pretrain")
-    if args.patch_size not in (None, arch["patch_size"]):
-        raise UserError(f"--patch-size {args.patch_size}: the weights have {arch['patch_size']}; "
+    if checkpoint.kind != "finetune" and needs_classifier:
+        raise UserError(f"{path} is no classifier: use --init pretrain, or make one with "
+                        f"python finetune.py")
+    patch_size = checkpoint.backbone["patch_size"]
+    if args.patch_size not in (None, patch_size):
+        raise UserError(f"--patch-size {args.patch_size}: the weights have {patch_size}; "
                         f"leave the flag out")
-    if args.image_size is None and not isinstance(arch["image_size"], int):
-        raise UserError(f"{path} was trained on images of {arch['image_size']}: "
-                        f"choose one --image-size")
-    return checkpoint, arch
+    image_size = checkpoint.backbone["image_size"]
+    if args.image_size is None and not isinstance(image_size, int):
+        raise UserError(f"{path} was trained on images of {image_size}: choose one --image-size")
+    return checkpoint
 
 
 def recipe_for(preset, pretrain_epochs=None, init="pretrain", intermediate=False):
@@ -425,13 +428,14 @@ def recipe_for(preset, pretrain_epochs=None, init="pretrain", intermediate=False
     return RECIPE | {name: [value] * len(MODELS) for name, value in changes.items()}
 
 
-def complete(args, checkpoint=None, arch=None):
+def complete(args, checkpoint=None):
     """Fill in the flags left out: sizes from the checkpoint, the rest from the recipe for it."""
     pretrain_epochs = None
     if checkpoint is not None:
-        args.image_size = args.image_size or arch["image_size"]
-        args.patch_size = arch["patch_size"]
-        pretrain_epochs = checkpoint.get("epochs", weights.arguments(checkpoint).get("epochs"))
+        args.image_size = args.image_size or checkpoint.backbone["image_size"]
+        args.patch_size = checkpoint.backbone["patch_size"]
+        said = weights.arguments(checkpoint.file) | checkpoint.file
+        pretrain_epochs = said.get("epochs")
     recipe = recipe_for(args.model, pretrain_epochs, args.init, args.intermediate)
     if args.epochs is not None:
         recipe["steps"] = [None] * len(MODELS)
@@ -442,8 +446,8 @@ def complete(args, checkpoint=None, arch=None):
 # --- main -----------------------------------------------------------------------------------------
 def main(argv=None):
     args = parse_args(argv)
-    checkpoint, arch = read_start(args)
-    complete(args, checkpoint, arch)
+    checkpoint = read_start(args)
+    complete(args, checkpoint)
     if args.dry_run:
         classes = 21_841 if args.intermediate else 1000
         if args.model == "tiny":

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from finetune import class_logits, hits
 from support import data, transforms, weights
 from support.args import run_parser
-from support.files import Log, UserError, read_file, rounded
+from support.files import Log, UserError, rounded
 from support.labels import open_for_classifier
 from support.process import launch
 from support.run import Run
@@ -77,11 +77,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    checkpoint = read_file(args.checkpoint, remedy="make it with python finetune.py")
-    args.model = checkpoint.get("preset")    # for the first line of the log
+    checkpoint = weights.read(args.checkpoint, remedy="make it with python finetune.py")
+    args.model = checkpoint.file.get("preset")   # for the first line of the log
     run = Run("finetune_eval", args)
-    model, _, _ = weights.load_backbone(checkpoint, pool=None, num_classes=None,
-                                        image_size=args.image_size, name=str(args.checkpoint))
+    model, file, _ = weights.load_backbone(checkpoint, pool=None, num_classes=None,
+                                           image_size=args.image_size)
     height, width = model.image_size
     if height != width:
         raise UserError(f"{args.checkpoint} was trained on images of {height}x{width}: "
@@ -89,7 +89,7 @@ def main(argv=None):
     args.image_size = height
     sets = []
     for name in args.data:                   # all of them, before the first is measured
-        sets.append(open_for_classifier(name, transforms.EvalTransform(height), args, checkpoint,
+        sets.append(open_for_classifier(name, transforms.EvalTransform(height), args, file,
                                         model.num_classes))
     data.leave_out_bad(args, run, *[dataset for dataset, _ in sets])
     log = Log(args.out / "finetune_eval.jsonl", args, run, append=True)

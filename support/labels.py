@@ -111,13 +111,13 @@ def number_by_name(dataset, names, source):
     return columns
 
 
-def names_of_logits(args, checkpoint, logits):
+def names_of_logits(args, file, logits):
     """The class names of a classifier, and where they stand.  -> list of `logits` names or None
 
-    They come from --classes if it is given, else from the file args.checkpoint, whose contents are
-    `checkpoint`. Released files have none.
+    They come from --classes if it is given, else from the contents of args.checkpoint (`file`).
+    Released files have none.
     """
-    names = checkpoint.get("classes")
+    names = file.get("classes")
     source = args.checkpoint
     if args.classes:
         names = read_classes(args.classes)
@@ -128,13 +128,13 @@ def names_of_logits(args, checkpoint, logits):
     return names, source
 
 
-def open_for_classifier(name, transform, args, checkpoint, logits):
+def open_for_classifier(name, transform, args, file, logits):
     """Held-out images whose labels are logits of the classifier in args.checkpoint.
 
-    -> data set, columns_of. A classifier whose classes have no names takes a data set with as many
-    classes as it has logits.
+    -> data set, columns_of.  file: the contents of args.checkpoint. A classifier whose classes have
+    no names takes a data set with as many classes as it has logits.
     """
-    names, source = names_of_logits(args, checkpoint, logits)
+    names, source = names_of_logits(args, file, logits)
     dataset = open_labelled(name, "val", transform, args, alone=True)
     if not names and len(dataset.classes) != logits:
         raise UserError(f"{source} knows {logits} classes, {name} has {len(dataset.classes)}: give "

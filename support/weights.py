@@ -309,11 +309,16 @@ def look_at(path, preset, remedy=""):
     UserError where --model is of another width.
     """
     checkpoint = read(path, remedy)
+    check_width(checkpoint, preset)
+    return checkpoint.file, checkpoint.kind, checkpoint.backbone
+
+
+def check_width(checkpoint, preset):
+    """UserError where --model is of another width than the checkpoint."""
     width = checkpoint.backbone["width"]
     if width != PRESETS[preset]["width"]:
-        raise UserError(f"{path} has width {width}, --model {preset} has "
+        raise UserError(f"{checkpoint.name} has width {width}, --model {preset} has "
                         f"{PRESETS[preset]['width']}: give the --model it was made with")
-    return checkpoint.file, checkpoint.kind, checkpoint.backbone
 
 
 @torch.no_grad()

@@ -41,10 +41,10 @@ def tiny_vit(**options):
 
 
 def started(*flags):
-    """-> the arguments with all defaults, and the contents of the file to start from."""
+    """-> the arguments with all defaults, and the checkpoint to start from."""
     args = finetune.parse_args(list(flags))
-    checkpoint, arch = finetune.read_start(args)
-    return finetune.complete(args, checkpoint, arch), checkpoint
+    checkpoint = finetune.read_start(args)
+    return finetune.complete(args, checkpoint), checkpoint
 
 
 def build(*flags, classes):
