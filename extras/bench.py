@@ -18,6 +18,7 @@ Read in this order: block_operations, operations, plain, the steps, compare, pla
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -120,7 +121,7 @@ def counted(step):
 
 
 # What the plain version does instead: the equations, with every matrix written out in memory.
-def plain_attention(self, x, index=None, shared=None, only=None):
+def plain_attention(self, x, index=None, shared=None, queries=None):
     """softmax(q k^T / sqrt(D/H) + bias) v, with the T x T weights of every head stored."""
     q, k, v = self.queries_keys_values(x)
     logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -129,10 +130,10 @@ def plain_attention(self, x, index=None, shared=None, only=None):
     return self.proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
-def plain_run(self, block, x, shared, only=None):
+def plain_run(self, block, x, shared, queries=None):
     """A block computes all of its tokens; those nobody reads are dropped afterwards."""
     x = block(x, self.relative_position_index, shared)
-    return x if only is None else model.select(x, only)
+    return x if queries is None else x.take_along_dim(queries[..., None], dim=1)
 
 
 def plain_nearest_code(h, codebook, chunk=None):
@@ -210,7 +211,7 @@ def pretrain_step(c, args, device):
             z = tokenizer.encode(images)
             clock("tokenizer")
             logits, logits_cls = forward(imagenet_normalize(images), mask, hidden)
-            loss, _ = pretrain.mim_loss(logits, logits_cls, pretrain.select(z, hidden).flatten(0, 1))
+            loss, _ = pretrain.mim_loss(logits, logits_cls, z.gather(1, hidden).flatten())
         clock("forward")
         loss.backward()
         clock("backward")
@@ -469,7 +470,8 @@ def bench_loader(args, device, tell):
     crops = transforms.MIMTransform(c.S, scale=(1.0, 1.0), color_jitter=0) if tiny else transforms.MIMTransform(c.S)
     views = dict(pixels=None, vqkd=transforms.VQKDTransform(c.S), finetune=transforms.FinetuneTransform(c.S),
                  linprobe=transforms.EvalTransform(c.S),
-                 pretrain=pretrain.MaskedViews(crops, grid, c.M, max(1, c.N * 16 // 196)))
+                 pretrain=functools.partial(pretrain.masked_views, views=crops, grid=grid, count=c.M,
+                                            min_block=max(1, c.N * 16 // 196)))
     if tiny:
         clock = Clock(args, device)
         count = len(data.open_data("shapes", "train"))

@@ -9,7 +9,7 @@ from extras import bench
 import vqkd
 from conftest import stage
 from support.engine import UserError
-from model import Attention, ViT, select
+from model import Attention, ViT
 from pretrain import BEiT, hidden_patches
 
 ARGS = SimpleNamespace(batch_size=2, compile=False, checkpoint_activations=False)
@@ -90,7 +90,7 @@ def test_hidden_patches_known_beforehand_change_nothing():
     model, mask = BEiT(32, 8, 32, 2, 4, 64, early_layer=1, head_depth=1), torch.rand(3, 16).argsort(dim=1) < 6
     x, z = torch.randn(3, 3, 32, 32), torch.randint(0, 64, (3, 16))
     hidden = hidden_patches(mask)
-    assert torch.equal(select(z, hidden).flatten(), z[mask])
+    assert torch.equal(z.gather(1, hidden).flatten(), z[mask])
     for a, b in zip(model(x, mask), model(x, mask, hidden)):
         assert torch.equal(a, b)
 
