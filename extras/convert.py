@@ -77,10 +77,11 @@ def examine(path):
     check_index(raw, checkpoint)
 
     facts = checkpoint.facts
-    arch = dict(checkpoint.backbone)
+    stated = file["arch"] if isinstance(file.get("arch"), dict) else {}
+    arch = stated | checkpoint.backbone      # tensors know better than words
     arch |= {k: facts[k] for k in ("num_classes", "early_layer") if k in facts}
-    if isinstance(file.get("arch"), dict):
-        arch |= file["arch"]
+    if arch["layer_scale"]:                  # no tensor tells the value that it started from
+        arch["layer_scale"] = stated.get("layer_scale", arch["layer_scale"])
     aside = {k: v for k, v in raw.items() if re.fullmatch(DEAD, k)}
     rest = {}
     if raw is not file:
