@@ -34,7 +34,8 @@ TESTS = {                # which tests/test_*.py run, in this order, where a bug
     "pretrain.py": "block_mask aggregation mim_loss", "model.py": "model aggregation",
     "finetune.py": "layer_decay finetune", "linprobe.py": "linprobe", "segment.py": "segment",
     "support/run.py": "engine", "support/optim.py": "engine", "support/data.py": "data",
-    "support/weights.py": "weights", "support/teachers.py": "teachers"}
+    "support/weights.py": "weights", "support/positions.py": "weights",
+    "support/teachers.py": "teachers"}
 RANKS = "runs::test_two_processes_and_accumulation_train_the_tokenizer_of_one_process_with_equal_codebooks"
 LOOPS = " ".join(f"engine::test_every_{name}" for name in (
     "loop_tells_the_optimiser_what_the_flags_say",
@@ -104,8 +105,8 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
          "v.reshape(len(v), -1, gh, gw)"),
         ("h off the sphere", "h = l2(self.project(images))", "h = self.project(images)"),
         ("decoder does not teach the encoder", "self.decode(straight_through(h, v))", "self.decode(v)"),
-        ("layer scale in the tokenizer", 'dict(positions="absolute", layer_scale=0, pool="mean")\n',
-         'dict(positions="absolute", layer_scale=0.1, pool="mean")\n'),
+        ("layer scale in the tokenizer", 'positions="absolute", layer_scale=0, pool="mean")\n',
+         'positions="absolute", layer_scale=0.1, pool="mean")\n'),
         ("k-means start on rank 0 only", "    run.broadcast(weight)\n    # Every code",
          "    # Every code", RANKS),
         ("sums and counts of one rank only", "run.sum(sums), run.sum(counts)",
@@ -250,14 +251,27 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
         ("ignored pixels in cat_max", "counts.max() / counts.sum() <", "counts.max() / labels.numel() <", "segment"),
         ("hue over the whole circle", "torch.randint(-18, 18, ())", "torch.randint(-90, 90, ())", "segment"),
     ],
-    "support/weights.py": [
-        ("tables resized linearly", "kx=min(3, sides[0] - 1), ky=min(3, sides[1] - 1)", "kx=1, ky=1"),
+    "support/positions.py": [
+        ("tables resized linearly", "kx=min(3, sides[0] - 1), ky=min(3, sides[1] - 1)",
+         "kx=1, ky=1"),
         ("rows of [CLS] swapped in resizing", "table[-3:]])", "table[-3:].flip(0)])"),
         ("geometric grid too wide", "> target - 1:", "> target:"),
         ("sides of a table swapped", "head.reshape(sides)", "head.reshape(sides[::-1]).T"),
-        ("positions resized linearly", 'mode="bicubic", align_corners=False', 'mode="bilinear", align_corners=False'),
-        ("tokenizer's pixel range forgotten", 'if kind == "vqkd":\n        weights = fold',
-         "if False:\n        weights = fold"),
+        ("positions resized linearly", 'mode="bicubic"', 'mode="bilinear"'),
+    ],
+    "support/weights.py": [
+        ("tokenizer's pixel range forgotten", 'if checkpoint.kind == "vqkd":', "if False:"),
+        ("MLP ratio assumed", "mlp_ratio=mlp_ratio(weights),", "mlp_ratio=4.0,", "readers"),
+        ("decoder's MLP ratio is the encoder's", 'mlp_ratio(weights, "decoder.")',
+         'mlp_ratio(weights, "encoder.")', "readers"),
+        ("stated early layer ignored", 'stated.get("early_layer") or', "None or", "readers"),
+        ("early layer is the last", "max(1, depth * 3 // 4)", "depth", "readers"),
+        ("every grid is square", 'stated.get("image_size", side * patch)', "side * patch",
+         "readers"),
+        ("heads assumed to be 64 wide", 'stated.get("heads", width // 64)', "width // 64",
+         "readers"),
+        ("index of another grid", "relative_position_index(*part.grid)",
+         "relative_position_index(*part.grid[::-1])", "readers"),
     ],
     "support/teachers.py": [
         ("HOG over 360 degrees", "(self.bins / math.pi)", "(self.bins / (2 * math.pi))"),
@@ -271,9 +285,15 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
 }
 
 
+def path_of(match):
+    """tests/test_NAME.py, or the one in tests/machinery."""
+    path = f"tests/test_{match[0]}.py"
+    return path if (ROOT / path).exists() else path.replace("tests/", "tests/machinery/", 1)
+
+
 def selected(words=()):
     """-> [(file, bug, old, new, tests)], tests as pytest wants them."""
-    every = [(file, bug, old, new, [re.sub(r"^\w+", r"tests/test_\g<0>.py", name) for test in tests or [TESTS[file]]
+    every = [(file, bug, old, new, [re.sub(r"^\w+", path_of, name) for test in tests or [TESTS[file]]
                                     for name in test.split()])
              for file, bugs in BUGS.items() for bug, old, new, *tests in bugs]
     return [b for b in every if not words or any(word.lower() in f"{b[0]} {b[1]}".lower() for word in words)]
@@ -294,7 +314,7 @@ class FirstFailure:
 
     def pytest_runtest_logreport(self, report):
         if report.failed and self.name is None:
-            self.name = report.nodeid.rpartition("/")[2]
+            self.name = report.nodeid.removeprefix("tests/")
 
 
 def too_long(*_):
