@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind results/downstream.md: segmentation and robustness on shapes, tiny, three seeds, from the tokenizers of
-# health.sh (runs/hog-SEED/vqkd.pt). On one core about 45 minutes. Then: python results/downstream.py
+# health.sh (runs/hog-SEED/vqkd.pt). On one core about 45 minutes. Then: python -m results.downstream
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The recipe of tiny until 2026-11-25; the present one takes less time and ends at the same figures (results/speed.md).

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs behind results/health.md: ten healthy seeds of the tiny tokenizer and three naive ones, --log-every 1 so that
-# no step goes unseen. On one core: about half an hour. Then: python results/health.py
+# no step goes unseen. On one core: about half an hour. Then: python -m results.health
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The recipe of tiny until 2026-11-25; the present one takes less time and ends at the same figures (results/speed.md).
@@ -23,4 +23,4 @@ for k in 128 32; do
     python vqkd.py $vqkd --workers 0 --init runs/hog-0/vqkd.pt --codes $k --epochs 1 --lr 5e-4 --out runs/resized-$k
 done
 cp runs/naive-0/vqkd.jsonl results/naive-vqkd.jsonl
-python visualize.py runs/hog-0/vqkd.jsonl runs/naive-0/vqkd.jsonl --out results/health.png
+python -m extras.visualize runs/hog-0/vqkd.jsonl runs/naive-0/vqkd.jsonl --out results/health.png

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every run behind results/README.md, at tiny size on the built-in shapes. On 2 cores run two of these loops side by side,
-# OMP_NUM_THREADS=1 each: about 50 minutes. Then: python results/table.py
+# OMP_NUM_THREADS=1 each: about 50 minutes. Then: python -m results.table
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The recipe of tiny until 2026-11-25; the present one takes less time and ends at the same figures (results/speed.md).
@@ -34,5 +34,5 @@ cp runs/cold/vqkd.jsonl results/cold-start-vqkd.jsonl
 cp runs/collapsed/vqkd.jsonl results/collapsed-vqkd.jsonl
 cp runs/hog-0/pretrain.jsonl results/healthy-pretrain.jsonl
 cp runs/noagg-0/pretrain.jsonl results/no-aggregation-pretrain.jsonl
-python visualize.py results/{healthy,cold-start,collapsed}-vqkd.jsonl results/{healthy,no-aggregation}-pretrain.jsonl \
+python -m extras.visualize results/{healthy,cold-start,collapsed}-vqkd.jsonl results/{healthy,no-aggregation}-pretrain.jsonl \
     --out results/curves.png
