@@ -3,11 +3,12 @@
     image --augment, mix pairs--> ViT --mean over patches--> LayerNorm --> linear head --> class
 
 All of the network is trained. Early blocks already compute features that serve any task, and late
-blocks have to change more. So each block learns at its own rate: the earlier, the smaller (layer
-decay). RandAugment, erasing, MixUp and CutMix change the images so much that the network cannot
-memorise them.
+blocks have to change more. So each block learns at a rate of its own, which is smaller for earlier
+blocks (layer decay). RandAugment, erasing, MixUp and CutMix change the images so much that the
+network cannot memorise them.
 
-Read in this order: layer_of, smooth_targets, mix, soft_cross_entropy, new_head, build, train.
+Read in this order: layer_of, layer_decay_groups, smooth_targets, mix, soft_cross_entropy, new_head,
+build, evaluate, train.
 
     python finetune.py --labels-per-class 100                  # tiny on built-in shapes, CPU
     torchrun --nproc_per_node=8 finetune.py --model base --data /imagenet    # the paper's run
@@ -44,7 +45,7 @@ RECIPE = {  # base and large: the paper's after 300 epochs of pre-training; tiny
     "drop_path":     (0.1,    0.1,         0.1,         0.2),
     "batch_size":    (128,    1024,        1024,        1024),
     "micro_batch":   (None,   256,         128,         64),         # None: the whole batch at once
-    "steps":         (200,    None,        None,        None),       # whatever --labels-per-class
+    "steps":         (200,    None,        None,        None),       # unless --epochs is given
     "epochs":        (50,     100,         100,         50),
     "warmup_epochs": (5,      20,          20,          5),
     "evaluations":   (4,      100,         100,         100),
@@ -82,13 +83,19 @@ def layer_of(name, depth):
     return depth + 1                     # norm, head, and a table that all blocks would share
 
 
+def layer_decay_groups(model, weight_decay, layer_decay):
+    """Groups of parameters for AdamW, each with the rate of its layer as lr_scale."""
+    return param_groups(model.named_parameters(), weight_decay, depth=model.depth,
+                        layer_id=lambda name: layer_of(name, model.depth), layer_decay=layer_decay)
+
+
 def smooth_targets(labels, classes, smoothing):
     """Labels (B,) to distributions (B, C): 1 - s + s/C on the class, s/C on every other class."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 def mix(images, labels, classes, mixup, cutmix, smoothing):
-    """MixUp or CutMix of each image with its partner, the image at the same place from the end.
+    """MixUp or CutMix of each image a of the batch with image b of the reversed batch.
 
     images (B, 3, H, W), labels (B,) -> images (B, 3, H, W), targets (B, C)
 
@@ -97,8 +104,8 @@ def mix(images, labels, classes, mixup, cutmix, smoothing):
                                                  share of pixels that remains of x_a
     Both:    t = lam t_a + (1 - lam) t_b         of the smoothed targets
     The whole batch gets one coin (MixUp or CutMix) and one lam. They come from numpy's generator,
-    which run.micro_batches seeds. The images are mixed before normalize, which is affine: the
-    result is the same.
+    which run.micro_batches seeds. Mixing comes before imagenet_normalize; the other order would
+    give the same pixels.
     """
     if mixup == 0 and cutmix == 0:
         return images, smooth_targets(labels, classes, smoothing)
@@ -153,17 +160,11 @@ def build(args, checkpoint, classes):
     return model, report
 
 
-def layer_decay_groups(model, weight_decay, layer_decay):
-    """Groups for AdamW, one or two per layer (with and without weight decay); see layer_of."""
-    return param_groups(model.named_parameters(), weight_decay, depth=model.depth,
-                        layer_id=lambda name: layer_of(name, model.depth), layer_decay=layer_decay)
-
-
 # --- measuring ------------------------------------------------------------------------------------
 def class_logits(model, images, run):
     """Logits (B, C) of uint8 images (B, 3, H, W), the head in float32.
 
-    In bfloat16 several logits are often equal, and the order of the columns would decide.
+    In bfloat16 several logits are often equal, and the order of the classes would decide.
     """
     images = data.to_float(images, run.device)
     with run.autocast():
@@ -180,7 +181,10 @@ def hits(logits, labels):
 
 @torch.no_grad()
 def evaluate(model, dataset, run):
-    """Cross-entropy without smoothing, top-1 and top-5 in percent. Every image counts once."""
+    """Cross-entropy without smoothing; top-1 and top-5 in percent.  -> dict
+
+    Every image counts once, over all processes.
+    """
     model.eval()
     totals = data.zeros_to_sum(4, run.device)
     for images, labels in run.eval_batches(dataset):
@@ -226,29 +230,31 @@ def train(args, checkpoint):
     groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer = adamw(groups, (0.9, 0.999), run.device)
     best = Best()
+    run.print(describe(args, report))
     network = run.start(train_set, model=model, optimizer=optimizer, best=best,
                         facts={"chance": math.log(len(classes))},
                         about={"classes": classes, "epochs": args.epochs})
-    run.print(describe(args, report))
+    # Evaluate at the end of an epoch, at most --evaluations times.
     epochs = run.total_steps / run.steps_per_epoch
-    epochs_between = max(1, math.ceil(epochs / max(1, args.evaluations)))
+    epochs_between = math.ceil(epochs / max(1, args.evaluations))
     run.eval_every = epochs_between * run.steps_per_epoch
     result = {}
 
     for step in run.steps():
         lr = cosine_schedule(step, args.lr, args.min_lr, run.total_steps, run.warmup_steps)
-        set_lr(optimizer, lr)            # each group at the rate of its layer
+        set_lr(optimizer, lr)            # times layer_decay^(depth + 1 - i) for layer i
         for images, labels in run.micro_batches():
             images = data.to_float(images, run.device)                           # (B, 3, H, W)
             labels = labels.to(run.device)                                       # (B,)
+            # Mix pairs of images, and their targets with them.
             images, targets = mix(images, labels, len(classes),
                                   args.mixup, args.cutmix, args.smoothing)       # targets (B, C)
+            # Name the class. Recipe, not in the paper: no dropout, no clipping of gradients.
             with run.autocast():
                 logits = network(imagenet_normalize(images))                     # (B, C)
             loss = soft_cross_entropy(logits, targets)
             run.backward(loss)
 
-        # Recipe, not in the paper: no clipping of gradients, no dropout.
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -1,4 +1,7 @@
-"""Numbers of the authors' code for fine-tuning (golden/finetune_load.pt, schedules.pt), found through BEIT2_GOLDEN."""
+"""Fine-tuning against numbers of the authors' code: finetune_load.pt and schedules.pt.
+
+The environment variable BEIT2_GOLDEN names the folder that holds these files.
+"""
 import os
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from support import weights
 from support.optim import param_groups
 
 GOLDEN = os.environ.get("BEIT2_GOLDEN")
-pytestmark = pytest.mark.skipif(not GOLDEN, reason="set BEIT2_GOLDEN to the folder with the recorded numbers")
+pytestmark = pytest.mark.skipif(not GOLDEN, reason="BEIT2_GOLDEN names no folder")
 
 
 def golden(name):
@@ -31,8 +34,9 @@ def test_every_loading_case_gives_the_authors_values_and_names(tag):
     file = golden("finetune_load.pt")
     config, case = file["config"], file["cases"][tag]
     source = (case["src_window"],) * 2
-    model = ViT(case["dst_window"] * config["patch"], config["patch"], config["dim"], config["depth"], config["heads"],
-                positions="absolute" if case["use_abs_pos_emb"] else "per_block", num_classes=case["num_classes"])
+    model = ViT(case["dst_window"] * config["patch"], config["patch"], config["dim"],
+                config["depth"], config["heads"], num_classes=case["num_classes"],
+                positions="absolute" if case["use_abs_pos_emb"] else "per_block")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = file["inputs"][case["input"]]
     # 3 heads of 4: absolute positions do not tell, and the released models have 64 numbers a head.
@@ -56,8 +60,8 @@ def test_every_loading_case_gives_the_authors_values_and_names(tag):
 def test_load_backbone_finds_the_architecture_by_itself(tag):
     file = golden("finetune_load.pt")
     case, size = file["cases"][tag], file["cases"][tag]["dst_window"] * file["config"]["patch"]
-    model, _, report = weights.load_backbone({"model": file["inputs"][case["input"]]}, num_classes=case["num_classes"],
-                                             image_size=size)
+    model, _, report = weights.load_backbone({"model": file["inputs"][case["input"]]},
+                                             num_classes=case["num_classes"], image_size=size)
     assert set(report.loaded) == set(case["loaded"]) and model.heads == file["config"]["heads"]
     for name, value in case["loaded"].items():
         close(model.state_dict()[name], value)
@@ -73,14 +77,16 @@ def test_tables_of_other_sizes_are_the_authors():
     "tag", ["finetune", "finetune_abs_pos", "finetune_no_wd_on_rel_pos", "finetune_no_layer_decay"])
 def test_every_parameter_has_the_authors_rate_and_decay(tag):
     case = golden("schedules.pt")["param_groups"][tag]
-    named = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in case["shapes"].items()]
+    named = [(name, torch.nn.Parameter(torch.zeros(shape)))
+             for name, shape in case["shapes"].items()]
     skip = {name.rsplit(".", 1)[-1] for name in case["skip_list"]}   # ours go by the last part
     options = {}
     if "layer_scales" in case:
         options = dict(layer_id=lambda name: finetune.layer_of(name, case["depth"]),
                        layer_decay=case["layer_decay"], depth=case["depth"])
     groups = param_groups(named, case["weight_decay"], skip=skip, **options)
-    ours = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
+    ours = {name: (group["lr_scale"], group["weight_decay"])
+            for group in groups for name in group["names"]}
     assert ours.keys() == case["per_param"].keys()
     for name, (scale, decay) in case["per_param"].items():
         assert ours[name] == pytest.approx((scale, decay), rel=1e-12), name

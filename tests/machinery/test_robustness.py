@@ -1,4 +1,4 @@
-"""Robustness: classes found by name, logits restricted to those a data set has, and the shapes seen in other ways."""
+"""Robustness: classes found by name, logits restricted to those of a data set, shifted shapes."""
 import json
 import re
 
@@ -27,20 +27,22 @@ def fill(folder, classes, each=2):
     for number, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for i in range(each):
-            pixels = np.random.default_rng((number, i)).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            random = np.random.default_rng((number, i))
+            pixels = random.integers(0, 256, (20, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
 
 
 @pytest.fixture
 def classifier(tmp_path):
-    """A folder with a finetune.pt of random weights that knows seven classes; classifier("bare") leaves out names."""
+    """A folder with a finetune.pt of random weights for seven classes; bare.pt names none."""
     torch.manual_seed(0)
     model = ViT(**PRESETS["tiny"], num_classes=len(NAMES))
     torch.nn.init.normal_(model.head.weight)
-    model.head.bias.data[0] = 1000                           # it says "ant", unless that is not to be had
+    model.head.bias.data[0] = 1000       # it says "ant" wherever that is among the answers
     for name, classes in (("finetune", NAMES), ("bare", None)):
-        write_file(tmp_path / f"{name}.pt", dict(kind="finetune", model=model.state_dict(), classes=classes))
+        write_file(tmp_path / f"{name}.pt", dict(
+            kind="finetune", model=model.state_dict(), classes=classes))
     return tmp_path
 
 
@@ -50,7 +52,7 @@ def run(folder, *flags, file="finetune.pt"):
     return list(results.values())
 
 
-# -------------------------------------------------------------------------------------------------- restricted logits
+# --- restricted logits ----------------------------------------------------------------------------
 def test_restricting_the_logits_equals_picking_the_columns_by_hand():
     logits, columns = torch.randn(200, 40), torch.randperm(40)[:12]
     inside = torch.randint(12, (200,))                       # labels as numbers among the 12
@@ -60,9 +62,10 @@ def test_restricting_the_logits_equals_picking_the_columns_by_hand():
 def test_restricted_accuracy_is_never_below_the_unrestricted_on_the_same_images():
     logits, columns = torch.randn(500, 40), torch.arange(8, 20)
     labels = columns[torch.randint(12, (500,))]
-    free, held = torch.stack(hits(logits, labels)), torch.stack(hits(restrict(logits, columns), labels))
-    assert (held > free).all()                               # among 12 of 40, guessing is right more often
-    for few in (columns[:1], columns[:3]):                   # also where fewer than five logits are left
+    free = torch.stack(hits(logits, labels))
+    held = torch.stack(hits(restrict(logits, columns), labels))
+    assert (held > free).all()           # a guess among 12 is right more often than among 40
+    for few in (columns[:1], columns[:3]):       # also where fewer than five logits are left
         all_right = hits(restrict(logits, few), few[torch.zeros(500, dtype=torch.long)])[1]
         assert all_right == 500
 
@@ -72,7 +75,8 @@ def test_a_class_is_found_by_its_name_whatever_its_place_among_the_folders(class
     args = robustness.parse_args([str(classifier / "finetune.pt"), *RUN, "--data", "any"])
     folder = str(tmp_path / "some")
     few = open_labelled(folder, "val", transforms.EvalTransform(48), args, alone=True)
-    assert few.classes == ["bee", "dog", "gnu"] and columns_of(few, NAMES, "x").tolist() == [1, 3, 6]
+    assert few.classes == ["bee", "dog", "gnu"]
+    assert columns_of(few, NAMES, "x").tolist() == [1, 3, 6]
     model = ViT(**PRESETS["tiny"], num_classes=7).eval()
     model.load_state_dict(read_file(classifier / "finetune.pt")["model"])
     images = torch.stack([few[i][0] for i in range(9)]) / 255
@@ -81,15 +85,17 @@ def test_a_class_is_found_by_its_name_whatever_its_place_among_the_folders(class
     result, = run(classifier, "--data", folder)
     assert result["top1"] == 0 < result["restricted_top1"]
     by_hand = torch.tensor([1, 3, 6])[logits[:, [1, 3, 6]].argmax(1)]
-    assert result["restricted_top1"] == pytest.approx(100 * (by_hand == truth).float().mean().item())
+    share = (by_hand == truth).float().mean().item()
+    assert result["restricted_top1"] == pytest.approx(100 * share)
     assert result["restricted_top5"] == 100 and result["images"] == 9
 
 
-# -------------------------------------------------------------------------------------------- folders and class lists
+# --- folders and class lists ----------------------------------------------------------------------
 def test_class_folders_below_val_and_directly_below_the_folder_count_the_same(classifier, tmp_path):
     fill(tmp_path / "flat", NAMES[2:5])
     fill(tmp_path / "split" / "val", NAMES[2:5])             # no train/ is needed to evaluate
-    assert run(classifier, "--data", tmp_path / "flat") == run(classifier, "--data", tmp_path / "split")
+    flat, split = run(classifier, "--data", tmp_path / "flat", tmp_path / "split")
+    assert flat == split
 
 
 def test_a_limit_takes_away_images_but_no_classes(classifier, tmp_path):
@@ -104,11 +110,14 @@ def test_several_folders_in_one_call_give_one_table_and_a_line_each(classifier, 
     results = dict(zip((one, two), run(classifier, "--data", one, two), strict=True))
     lines = log_lines(classifier / "finetune_eval.jsonl")
     assert [line.get("data") for line in lines[1:3]] == [one, two] == list(results)
-    assert lines[1]["restricted_top1"] >= lines[1]["top1"] and lines[2]["restricted_top1"] == lines[2]["top1"]
+    assert lines[1]["restricted_top1"] >= lines[1]["top1"]
+    assert lines[2]["restricted_top1"] == lines[2]["top1"]
     assert lines[3]["restricted_top1"] == {
         name: pytest.approx(results[name]["restricted_top1"], abs=1e-5) for name in (one, two)}
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith((one, two))]
-    assert [row[:3] for row in rows] == [[one, "6", "3"], [two, "14", "7"]] and {len(row) for row in rows} == {7}
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in printed if line.startswith((one, two))]
+    assert [row[:3] for row in rows] == [[one, "6", "3"], [two, "14", "7"]]
+    assert {len(row) for row in rows} == {7}
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -127,17 +136,20 @@ def test_a_second_measurement_is_added_to_the_first(classifier, tmp_path):
     for name in ("one", "two"):
         run(classifier, "--data", fill(tmp_path / name, NAMES[:2]))
     lines = log_lines(classifier / "finetune_eval.jsonl")
-    assert [line["args"]["data"] for line in lines if "args" in line] == [[str(tmp_path / n)] for n in ("one", "two")]
-    assert len(lines) == 6 and lines[1]["data"] == str(tmp_path / "one")         # header, data set, summary; twice
+    measured = [line["args"]["data"] for line in lines if "args" in line]
+    assert measured == [[str(tmp_path / "one")], [str(tmp_path / "two")]]
+    assert len(lines) == 6               # header, data set, summary; twice
+    assert lines[1]["data"] == str(tmp_path / "one")
 
 
 def test_unknown_and_missing_classes_are_named(classifier, tmp_path):
     fill(tmp_path / "odd", ["bee", "yak", "zebra"])
-    with pytest.raises(UserError, match=r"odd has 2 classes that .*finetune.pt does not know \(yak, zebra\)"):
+    words = r"odd has 2 classes that .*finetune.pt does not know \(yak, zebra\)"
+    with pytest.raises(UserError, match=words):
         run(classifier, "--data", tmp_path / "odd")
-    with pytest.raises(UserError, match="does not know"):    # the second is wrong: nothing is measured
+    with pytest.raises(UserError, match="does not know"):    # the second is wrong
         run(classifier, "--data", fill(tmp_path / "good", ["bee"]), tmp_path / "odd")
-    assert not (classifier / "finetune_eval.jsonl").exists()
+    assert not (classifier / "finetune_eval.jsonl").exists()             # nothing was measured
     with pytest.raises(UserError, match="has no class folders"):
         run(classifier, "--data", tmp_path / "odd" / "yak")
     (tmp_path / "good" / "stray.png").write_bytes((tmp_path / "odd" / "yak" / "0.png").read_bytes())
@@ -148,8 +160,9 @@ def test_unknown_and_missing_classes_are_named(classifier, tmp_path):
 
 
 @pytest.mark.parametrize("text, sentence", [
-    ("\n".join(NAMES[:6]), "names 6 classes, .*finetune.pt has 7 logits"), ("bee\ncat\nbee", "a name twice"),
-    ("bee\n\ncat", "an empty line"), ("", "has no name"), ("[]", "has no name"), ('["bee", ', "cannot be read"),
+    ("\n".join(NAMES[:6]), "names 6 classes, .*finetune.pt has 7 logits"),
+    ("bee\ncat\nbee", "a name twice"), ("bee\n\ncat", "an empty line"), ("", "has no name"),
+    ("[]", "has no name"), ('["bee", ', "cannot be read"),
     (None, "cannot be read")])
 def test_a_bad_class_list_is_one_sentence(classifier, tmp_path, text, sentence):
     if text is not None:
@@ -166,15 +179,16 @@ def test_a_file_that_is_no_classifier_is_refused(tmp_path):
         run(tmp_path, "--data", "shapes", file="none.pt")
 
 
-# ------------------------------------------------------------------------------------------------------ shifted shapes
+# --- shifted shapes -------------------------------------------------------------------------------
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_shifted_shapes_keep_class_mask_and_size_and_are_the_same_twice(shift):
     plain, one, two = (Shapes("val", limit=40, shift=s) for s in (None, shift, shift))
     assert torch.equal(one.images, two.images) and not torch.equal(one.images, plain.images)
     assert one.images.shape == plain.images.shape and one.images.dtype == torch.uint8
-    assert torch.equal(one.labels, plain.labels) and torch.equal(one.masks(slice(None)), plain.masks(slice(None)))
+    assert torch.equal(one.labels, plain.labels)
+    assert torch.equal(one.masks(slice(None)), plain.masks(slice(None)))
     alone = shift_shapes(shift, 0, "val", np.array([7]))[0][0]
-    assert (alone == one.images[7].numpy()).all()            # a function of the index, not of its neighbours
+    assert (alone == one.images[7].numpy()).all()    # an image depends on its index alone
     assert len({image.numpy().tobytes() for image in one.images}) == 40
     assert data.open_data(f"shapes:{shift}", "val", limit=40).name == f"shapes:{shift}"
 
@@ -198,20 +212,27 @@ def test_each_shift_does_what_it_is_called_and_greyscale_has_equal_channels():
     assert 2 * detail(shifted("blur")[0]) < detail(plain) < detail(shifted("noise")[0]) / 2
     grey = shifted("grey")[0]
     assert torch.equal(grey[:, :1].expand_as(grey), grey) and (plain[:, 0] != plain[:, 1]).any()
-    torch.testing.assert_close(shifted("contrast")[0] - 0.5, 0.2 * (plain - 0.5), atol=0.5 / 255 + 1e-6, rtol=0)
+    half_a_level = 0.5 / 255 + 1e-6
+    torch.testing.assert_close(shifted("contrast")[0] - 0.5, 0.2 * (plain - 0.5),
+                               atol=half_a_level, rtol=0)
     sketch = shifted("sketch")[0]
     assert 0.05 < (sketch < 0.5).float().mean() < 0.3        # a little ink
     assert (sketch.flatten(1).median(dim=1).values > 0.9).all()                  # on white paper
     noisy = shifted("noise")[0]
-    assert (noisy - plain).mean().abs() < 0.02               # the noise has no tint: only clipping moves the mean
+    # The noise has mean zero. Only clipping moves the mean.
+    assert (noisy - plain).mean().abs() < 0.02
 
 
 def texture_alone(texture, index):
-    """Patterns (n, S, S) of training: the object moved out of sight, a plain ground with the same noise taken off."""
-    drawn, plain = (draw_shapes(0, "val", index, change=dict(
-        texture=np.full(len(index), t), x=np.full(len(index), 500.0), noise=0 * index)) for t in (texture, 0))
-    assert drawn[1].sum() == 0
-    return torch.from_numpy(drawn[0].mean(axis=1) - plain[0].mean(axis=1)).float()
+    """Patterns (n, S, S) of training: no object, and the plain ground with its noise subtracted."""
+    def grey(kind):
+        out_of_sight = np.full(len(index), 500.0)
+        images, masks = draw_shapes(0, "val", index, change=dict(
+            texture=np.full(len(index), kind), x=out_of_sight, noise=0 * index))[:2]
+        assert masks.sum() == 0
+        return images.mean(axis=1)
+
+    return torch.from_numpy(grey(texture) - grey(0)).float()
 
 
 def windows(patterns, stride):
@@ -221,13 +242,14 @@ def windows(patterns, stride):
 
 
 def test_the_textures_of_the_shift_are_none_of_the_training_ones():
-    textures = range(1, len(TEXTURES))                  # gradient, stripes, checks, dots; plain has no pattern
+    textures = range(1, len(TEXTURES))   # gradient, stripes, checks, dots; plain has no pattern
     known = torch.cat([windows(texture_alone(k, np.arange(300)), stride=4) for k in textures])
 
-    def likeness(patterns):                                  # the best correlation with any place of any known one
+    def likeness(patterns):
+        """The best correlation with any place of any known pattern."""
         return (windows(patterns[:, 8:40, 8:40], stride=1) @ known.T).amax(dim=1)
 
-    for k in textures:                                       # other images of training are found again ...
+    for k in textures:                   # other images of training are found again ...
         assert likeness(texture_alone(k, np.arange(1000, 1030))).median() > 0.78
     new = torch.from_numpy(unseen_textures(0, 1, np.arange(100))).float()
     assert likeness(new).max() < 0.7                         # ... those of the shift are not
@@ -236,7 +258,8 @@ def test_the_textures_of_the_shift_are_none_of_the_training_ones():
 
 def test_new_textures_lie_behind_the_object():
     (plain, inside), (new, _) = shifted(None), shifted("textures")
-    assert (new - plain)[inside].abs().max() < 0.05          # not 0: pixels of the outline hold some background
+    # Not 0: pixels on the outline hold some background.
+    assert (new - plain)[inside].abs().max() < 0.05
     assert (new - plain)[~inside].abs().max() > 0.1
 
 
@@ -247,7 +270,8 @@ def test_the_table_of_shifts_is_one_command(tmp_path):
     kinds = ["shapes"] + [f"shapes:{shift}" for shift in SHIFTS]
     command = "extras.robustness", tmp_path / "finetune.pt", *RUN, "--limit", 100, "--data", *kinds
     done = stage(*command)
-    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("shapes")] == kinds
+    rows = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("shapes")]
+    assert rows == kinds
     found = json.loads(done.stdout.splitlines()[-1])["restricted_top1"]
     assert list(found) == kinds and re.search("among these classes", done.stdout)
     two = stage(*command, processes=2)
