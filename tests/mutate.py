@@ -37,10 +37,7 @@ TESTS = {                # which tests/test_*.py run, in this order, where a bug
     "support/weights.py": "weights", "support/positions.py": "weights",
     "support/teachers.py": "teachers"}
 RANKS = "runs::test_two_processes_and_accumulation_train_the_tokenizer_of_one_process_with_equal_codebooks"
-LOOPS = " ".join(f"engine::test_every_{name}" for name in (
-    "loop_tells_the_optimiser_what_the_flags_say",
-    "loop_trains_in_training_mode_with_drop_path_and_evaluates_without",
-    "network_gets_its_own_pixels_in_training_and_in_evaluation"))
+LOOPS = "loops"          # all four training loops, with what they tell optimiser and network
 BUGS = {                 # file: (what is wrong, the text, the text with the bug in it[, its tests]), ...
     "model.py": [
         ("LayerNorm with torch's eps", "LAYER_NORM_EPS = 1e-6", "LAYER_NORM_EPS = 1e-5"),
