@@ -1,102 +1,119 @@
-"""Stage 3c, semantic segmentation: the backbone names a class for every pixel, through UPerNet (paper, Section 3.2).
+"""Stage 3c, semantic segmentation: a class for every pixel, through UPerNet (BEiT v2, Section 3.2).
 
-    image --ViT--> maps of four blocks --pyramid--> 1/4, 1/8, 1/16, 1/32 --UPerNet--> class of every pixel at 1/4
+    image --ViT--> outputs of four blocks --pyramid--> maps at 1/4, 1/8, 1/16, 1/32 of the image
+                                          --UPerNet--> the class of every pixel, at 1/4
 
-A ViT keeps one resolution from the first block to the last; a segmentation head wants fine maps for outlines and
-coarse ones for context. So four blocks are tapped, and deconvolutions or pooling give each tap another resolution.
-UPerNet then pools the coarsest map over regions of many sizes, carries what it finds down to the finest, and reads
-all four together. A small second head on one tap helps training and is not used afterwards.
+A ViT has one resolution in all its blocks. A segmentation head needs fine maps for outlines and
+coarse maps for context. So the outputs of four blocks are resized: two are enlarged by
+deconvolutions, one stays, one is pooled. UPerNet pools the coarsest map over regions of several
+sizes, adds the result to the finer maps step by step, and classifies all four maps together.
 
-Read in this order: add_pyramid, UPerHead, UPerNet, pixel_cross_entropy, layer_of, poly_schedule, slide, train, scores.
+Read in this order: add_pyramid, UPerHead, UPerNet, pixel_cross_entropy, slide, scores, train.
 
-    python segment.py                                                       # tiny on shapes: from runs/tiny/pretrain.pt
-    python segment.py --init scratch --lr 3e-3 --out runs/scratch           # the same without pre-training
-    torchrun --nproc_per_node=8 segment.py --model base --data /ade20k      # the paper's run
-    python segment.py --eval                                                # measure runs/tiny/segment.pt
+    python segment.py                              # tiny on shapes, CPU, from runs/tiny/pretrain.pt
+    torchrun --nproc_per_node=8 segment.py --model base --data /ade20k       # the paper's run
+    python segment.py --eval                       # measure runs/tiny/segment.pt
 """
-# Shapes used in this file:  B images, gh x gw patches, D width, C classes, h x w some map's size, H x W the image's
-
-import argparse
-import colorsys
+# Shapes:  B images, gh x gw patches, T = 1 + gh gw tokens, D width, C classes,
+#          h x w the size of some map, H x W that of the image
 import json
 import math
-import time
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
 
-from support import data, engine, files, weights
-from support.scenes import SegmentTransform, fit_size, open_scenes
-from support.scenes import IGNORE
-from support.engine import UserError
-from model import PRESETS, ViT, count_parameters, imagenet_normalize
+from model import PRESETS, ViT, imagenet_normalize
+from support import data, weights
+from support.args import check_range, fill_in, number, run_parser, whole
+from support.files import Log, UserError, read_file, rounded
+from support.optim import adamw, param_groups, set_lr
+from support.process import join_processes, launch, seed_all
+from support.run import Run, dry_run
+from support.scenes import (
+    IGNORE, SegmentTransform, by_name, class_table, draw_scenes, fit_size, open_split,
+    refuse_other_classes)
 
-COMMON = dict(           # REFERENCE.md section 6; the rate is NOT scaled by the batch size
-    data="datasets/ade20k", image_size=512, batch_size=16, steps=160_000, warmup_steps=1500, weight_decay=0.05,
-    jitter=2.0, distortion=True, channels=None, train_images=None, evaluations=10)
-RECIPES = {              # base, large: the paper's for our kind of pre-training; tiny, small: ours
-    # tiny has few labelled images, for there pre-training matters most, and no jitter: shapes fill their images.
-    "tiny": dict(COMMON, data="shapes", image_size=48, lr=2e-3, steps=600, warmup_steps=60, layer_decay=0.75,
-                 drop_path=0.1, jitter=1.0, distortion=False, channels=64, train_images=200, evaluations=2),
-    "small": dict(COMMON, lr=5e-5, layer_decay=0.75, drop_path=0.15, micro_batch=16),
-    "base": dict(COMMON, lr=5e-5, layer_decay=0.75, drop_path=0.15, micro_batch=16),
-    "large": dict(COMMON, lr=4e-5, layer_decay=0.9, drop_path=0.2, micro_batch=8),
+MODELS = "tiny", "small", "base", "large"
+RECIPE = {  # base and large: the appendix's table of hyper-parameters; tiny and small: ours
+    #                tiny            small             base              large
+    "data":          ("shapes",      "datasets/ade20k", "datasets/ade20k", "datasets/ade20k"),
+    "image_size":    (48,            512,              512,              512),
+    "lr":            (2e-3,          5e-5,             5e-5,             4e-5),
+    "layer_decay":   (0.75,          0.75,             0.75,             0.9),
+    "drop_path":     (0.1,           0.15,             0.15,             0.2),
+    "weight_decay":  (0.05,          0.05,             0.05,             0.05),
+    "batch_size":    (16,            16,               16,               16),
+    "micro_batch":   (16,            16,               16,               8),
+    "steps":         (600,           160_000,          160_000,          160_000),
+    "warmup_share":  (0.1,           1500 / 160_000,   1500 / 160_000,   1500 / 160_000),
+    "evaluations":   (2,             10,               10,               10),
+    # Shapes fill their images, so tiny neither resizes nor distorts them. It gets few labelled
+    # images, because pre-training matters most then.
+    "jitter":        (1.0,           2.0,              2.0,              2.0),
+    "distortion":    (False,         True,             True,             True),
+    "train_images":  (200,           None,             None,             None),
+    "channels":      (64,            None,             None,             None),      # None: D
 }
-CHANGES = {              # what a start from an ImageNet-21k classifier changes in the row above
-    ("base", "21k"): dict(layer_decay=0.85),
-    ("large", "21k"): dict(lr=3e-5),
+OTHER_STARTS = {         # what changes in the table with --init
+    # By way of ImageNet-21k: the paper's.
+    "21k": {"lr": (2e-3, 5e-5, 5e-5, 3e-5), "layer_decay": (0.75, 0.75, 0.85, 0.9)},
+    # From random weights the early blocks have nothing to keep: all learn at one rate. Ours.
+    "scratch": {"layer_decay": (1.0, 1.0, 1.0, 1.0)},
 }
-POOLS = (1, 2, 3, 6)     # sides of the grids of regions that the pyramid pooling takes means over
-AUX_WEIGHT, AUX_CHANNELS, AUX_TAP = 0.4, 256, 2
-DROPOUT = 0.1            # of whole channels, in front of both classifiers
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)       # --multi-scale, each also mirrored
+POOLS = 1, 2, 3, 6       # pyramid pooling takes means over 1 x 1, 2 x 2, 3 x 3 and 6 x 6 regions
+DROPOUT = 0.1            # of whole channels, before both classifiers
+AUX_WEIGHT = 0.4         # the auxiliary head: weight of its loss,
+AUX_CHANNELS = 256       # its width,
+AUX_TAP = 2              # and which of the four maps it reads
+SCALES = 0.5, 0.75, 1.0, 1.25, 1.5, 1.75                     # --multi-scale
 
 
-# --- method -----------------------------------------------------------------------------------------------------------
+# --- method: the network --------------------------------------------------------------------------
 def taps_of(depth):
-    """The 0-based blocks whose raw outputs are read, a third, half, two thirds, all the way up.  base: 3, 5, 7, 11"""
+    """The blocks that are read, counted from 0.  base: 3, 5, 7, 11"""
     return depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1
 
 
 def resize(x, size):
+    """Maps (B, C, h, w) -> (B, C, *size), bilinear."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def conv(in_channels, out_channels, side):
-    """Convolution without bias -> BatchNorm -> ReLU. Starts as He et al.: N(0, 2 / fan-out)."""
+    """Convolution without bias -> BatchNorm -> ReLU. The map keeps its size."""
     layer = nn.Conv2d(in_channels, out_channels, side, padding=side // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(conv=layer, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
 
 
 def classifier(channels, classes):
-    layer = nn.Conv2d(channels, classes, 1)
-    nn.init.normal_(layer.weight, std=0.01)                  # Recipe, not in the paper
+    """The same linear layer at every pixel."""
+    layer = nn.Conv2d(channels, classes, kernel_size=1)
+    nn.init.normal_(layer.weight, std=0.01)                  # Recipe, not in the paper: 0.01
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def add_pyramid(vit):
-    """Four ways to bring a tap (B, D, gh, gw) to 4, 2, 1 and 1/2 times its size, the width kept. They sit inside the
-    backbone because the released files name them so. Its final norm goes: taps are raw block outputs."""
+    """Give a backbone four layers that bring a map (B, D, gh, gw) to 4, 2, 1 and 1/2 times its
+    size. They are part of the backbone because the released files name them so."""
     def double():
         return nn.ConvTranspose2d(vit.width, vit.width, kernel_size=2, stride=2)
     vit.fpn1 = nn.Sequential(double(), nn.BatchNorm2d(vit.width), nn.GELU(), double())
-    vit.fpn2 = nn.Sequential(double())                       # no norm, no activation (recipe, not in the paper)
+    vit.fpn2 = nn.Sequential(double())                       # Recipe, not in the paper: no norm
     vit.fpn3 = nn.Identity()
     vit.fpn4 = nn.MaxPool2d(kernel_size=2, stride=2)
-    vit.norm = vit.fc_norm = None
+    # Recipe, not in the paper: blocks are read before any norm, so the final norm goes.
+    vit.norm = None
+    vit.fc_norm = None
     return vit
 
 
 class UPerHead(nn.Module):
-    """Context from the coarsest map, outlines from the finest: pyramid pooling on top, then a feature pyramid down."""
+    """UPerNet: the coarsest map gives the context, the finest map the outlines."""
 
     def __init__(self, width, channels, classes):
         super().__init__()
@@ -110,95 +127,144 @@ class UPerHead(nn.Module):
         self.conv_seg = classifier(channels, classes)
 
     def forward(self, maps):
-        """Four maps (B, D, h, w), finest first -> logits (B, C, h, w) at the finest."""
-        top = maps[-1]
+        """Four maps (B, D, h, w), the finest first -> logits (B, C, h, w) at the finest size."""
+        # Pyramid pooling: every place of the coarsest map learns what is around it.
+        top = maps[3]
         pooled = [resize(pool(top), top.shape[-2:]) for pool in self.psp_modules]
-        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, maps)]
-        levels.append(self.bottleneck(torch.cat([top, *pooled], dim=1)))
-        for i in (2, 1, 0):                                  # top down: each level adds what the coarser one knows
+        context = self.bottleneck(torch.cat([top, *pooled], dim=1))
+        # Feature pyramid: from the coarsest map down, each map receives what the coarser one knows.
+        levels = [lateral(maps[i]) for i, lateral in enumerate(self.lateral_convs)] + [context]
+        for i in (2, 1, 0):
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[-2:])
-        levels[:3] = [smooth(x) for smooth, x in zip(self.fpn_convs, levels)]
-        x = torch.cat([resize(x, levels[0].shape[-2:]) for x in levels], dim=1)      # (B, 4 channels, h, w)
+        smooth = [layer(levels[i]) for i, layer in enumerate(self.fpn_convs)] + [context]
+        # All four are read together, at the size of the finest.
+        x = torch.cat([resize(x, smooth[0].shape[-2:]) for x in smooth], dim=1)
         return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))
 
 
-def fcn_head(width, classes, channels=AUX_CHANNELS):
-    """The auxiliary head: one convolution and a classifier, so that a tap in the middle feels the labels directly."""
-    return nn.Sequential(OrderedDict(convs=nn.Sequential(conv(width, channels, 3)), dropout=nn.Dropout2d(DROPOUT),
-                                     conv_seg=classifier(channels, classes)))
+def fcn_head(width, classes):
+    """The auxiliary head. It lets the blocks in the middle learn from the labels directly."""
+    return nn.Sequential(OrderedDict(
+        convs=nn.Sequential(conv(width, AUX_CHANNELS, 3)),
+        dropout=nn.Dropout2d(DROPOUT),
+        conv_seg=classifier(AUX_CHANNELS, classes)))
 
 
 class UPerNet(nn.Module):
-    """Backbone, pyramid and the two heads. Names are those of the released checkpoints."""
+    """Backbone, pyramid and the two heads. The names are those of the released files."""
 
-    def __init__(self, backbone, classes, channels=None, aux_channels=AUX_CHANNELS):
+    def __init__(self, backbone, classes, channels=None):
+        """channels: width of the head; default that of the backbone, as in the paper."""
         super().__init__()
-        if min(backbone.grid) < 2:
-            raise UserError(f"a crop of {backbone.grid[0]}x{backbone.grid[1]} patches is too small: raise --image-size")
-        self.backbone, self.taps = add_pyramid(backbone), taps_of(backbone.depth)
+        self.backbone = add_pyramid(backbone)
+        self.taps = taps_of(backbone.depth)
         self.decode_head = UPerHead(backbone.width, channels or backbone.width, classes)
-        self.auxiliary_head = fcn_head(backbone.width, classes, aux_channels)
+        self.auxiliary_head = fcn_head(backbone.width, classes)
+
+    def arch(self):
+        """The sizes that a file of weights states beside them."""
+        classes, channels = self.decode_head.conv_seg.weight.shape[:2]
+        return self.backbone.arch() | dict(channels=channels, num_classes=classes)
 
     def maps(self, images):
-        """Images (B, 3, H, W), normalised -> four maps (B, D, h, w); 512 px in patches of 16: 128, 64, 32, 16."""
-        tokens = self.backbone.features(images, blocks=self.taps)                    # 4 x (B, T, D), before any norm
-        maps = [t[:, 1:].transpose(1, 2).unflatten(2, self.backbone.grid) for t in tokens]       # (B, D, gh, gw)
-        return [getattr(self.backbone, f"fpn{i + 1}")(x) for i, x in enumerate(maps)]
+        """Images (B, 3, H, W), normalised -> four maps (B, D, h, w), the finest first.
+
+        512 pixels in patches of 16: maps with sides of 128, 64, 32 and 16.
+        """
+        vit = self.backbone
+        maps = []
+        layers = vit.fpn1, vit.fpn2, vit.fpn3, vit.fpn4
+        for tokens, layer in zip(vit.features(images, self.taps), layers, strict=True):
+            patches = tokens[:, 1:]                          # (B, gh gw, D), without [CLS]
+            x = patches.transpose(1, 2).unflatten(2, vit.grid)           # (B, D, gh, gw)
+            maps.append(layer(x))
+        return maps
 
     def forward(self, images):
-        """-> logits (B, C, h, w) of the head; in training of both heads."""
+        """Images (B, 3, H, W), normalised -> logits (B, C, H/4, W/4) for patches of 16 pixels.
+
+        In training: these, and the logits (B, C, gh, gw) of the auxiliary head.
+        """
         maps = self.maps(images)
         logits = self.decode_head(maps)
-        return (logits, self.auxiliary_head(maps[AUX_TAP])) if self.training else logits
+        if not self.training:
+            return logits
+        return logits, self.auxiliary_head(maps[AUX_TAP])
 
 
+# --- method: the loss and the rates ---------------------------------------------------------------
 def pixel_cross_entropy(logits, labels):
-    """Cross-entropy of logits (B, C, h, w), brought to the size of the labels (B, H, W), in float32.
+    """Cross-entropy of logits (B, C, h, w), resized to the labels (B, H, W), in float32.
 
-    Recipe, not in the paper: the mean is over ALL pixels. Ignored ones add 0 and still count below the line, so a
-    crop that is half padding pulls half as hard (torch's mean would leave them out)."""
-    total = F.cross_entropy(resize(logits.float(), labels.shape[-2:]), labels, ignore_index=IGNORE, reduction="sum")
-    return total / labels.numel()
+    Recipe, not in the paper: the mean is over ALL pixels, those without a label included, which
+    add 0 to the sum. So a crop that is half padding counts half.
+    """
+    logits = resize(logits.float(), labels.shape[-2:])       # (B, C, H, W)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
 
 
 def layer_of(name, depth):
-    """Layer number for the rate decay: 0 embeddings, i + 1 block i, depth + 1 the pyramid and both heads."""
+    """The layer of a parameter: 0 the embeddings, i + 1 block i, depth + 1 pyramid and heads."""
     part = name.removeprefix("backbone.").split(".")
     if part[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
         return 0
-    return int(part[1]) + 1 if part[0] == "blocks" else depth + 1
+    if part[0] == "blocks":
+        return int(part[1]) + 1
+    return depth + 1
 
 
 def rate_groups(model, weight_decay, layer_decay):
-    """AdamW groups in which layer i learns at  lr * layer_decay^(depth + 1 - i).
-    Recipe, not in the paper: skip is empty, so that in this stage, unlike the others, [CLS] is decayed, too."""
+    """AdamW groups in which layer i learns at  lr * layer_decay^(depth + 1 - i)."""
+    # Recipe, not in the paper: nothing is skipped. Unlike in the other stages, [CLS] is decayed.
     depth = model.backbone.depth
-    return engine.param_groups(model.named_parameters(), weight_decay, skip=(), layer_decay=layer_decay, depth=depth,
-                               layer_id=lambda name: layer_of(name, depth))
+    return param_groups(model.named_parameters(), weight_decay, skip=(), layer_decay=layer_decay,
+                        depth=depth, layer_id=lambda name: layer_of(name, depth))
 
 
 def poly_schedule(step, base, total, warmup):
-    """base * (1 - step / total), times a linear warm-up from 0: a line to 0 that is bent at its start only.
-    Differs from the recipe during warm-up, by a millionth of the base or less: there it starts at that, not at 0."""
-    return base * min(1.0, step / warmup if warmup else 1.0) * (1 - step / total)
+    """The rate of a step: a straight line from `base` to 0, times a linear warm-up from 0 to 1."""
+    # Differs from the recipe: its warm-up starts at a millionth of `base`, ours at 0.
+    rate = base * (1 - step / total)
+    if step < warmup:
+        rate *= step / warmup
+    return rate
 
 
+@torch.no_grad()
+def average_statistics(model, process):
+    """Make BatchNorm's running means and variances equal in all processes.
+
+    Only rank 0's are saved. On GPUs they are equal already (SyncBatchNorm). On CPUs, which have no
+    SyncBatchNorm, each process normalises by its own images, and so their statistics differ.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for statistic in (module.running_mean, module.running_var):
+                process.sum(statistic).div_(process.world_size)
+
+
+# --- method: prediction and scores ----------------------------------------------------------------
 def window_starts(side, window, stride):
-    """Where windows begin along one side: every `stride` pixels; the last is shifted inwards to end with the image."""
+    """Where windows begin along a side: every `stride` pixels. The last one ends with the side."""
     count = math.ceil(max(side - window, 0) / stride) + 1
     return [max(0, min(i * stride, side - window)) for i in range(count)]
 
 
 def slide(logits_of, images, window, stride):
-    """Logits (B, C, H, W) of images (B, 3, H, W) at least as large as the window: the mean over all windows that show
-    a pixel.  logits_of: (B, 3, *window) -> (B, C, h, w) of any size;  window, stride: two numbers each."""
-    total, times = 0, torch.zeros(images.shape[-2:], device=images.device)
-    for top in window_starts(images.shape[-2], window[0], stride[0]):
-        for left in window_starts(images.shape[-1], window[1], stride[1]):
-            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+    """Logits (B, C, H, W): at every pixel the mean over all windows that show the pixel.
+
+    logits_of: (B, 3, *window) -> (B, C, h, w), of any size. images (B, 3, H, W), at least as large
+    as the window. window, stride: (height, width).
+    """
+    height, width = images.shape[-2:]
+    total = None
+    times = torch.zeros(height, width, device=images.device)             # windows per pixel
+    for top in window_starts(height, window[0], stride[0]):
+        for left in window_starts(width, window[1], stride[1]):
+            place = ..., slice(top, top + window[0]), slice(left, left + window[1])
             logits = resize(logits_of(images[place]).float(), window)
-            if isinstance(total, int):
-                total = logits.new_zeros(*logits.shape[:2], *images.shape[-2:])
+            if total is None:                                # the first window tells C
+                total = logits.new_zeros(*logits.shape[:2], height, width)
             total[place] += logits
             times[place] += 1
     return total / times
@@ -207,369 +273,262 @@ def slide(logits_of, images, window, stride):
 def predict(model, images, scales=(1.0,), flip=False):
     """Class probabilities (B, C, H, W) of images (B, 3, H, W) in [0, 1] of any size.
 
-    Each is resized to fit (4 S, S), S the side of the crop (base: 2048, 512), read through windows two thirds of a
-    crop apart, and its logits brought back to H x W. Several scales and mirror images average as probabilities."""
-    window, size, total = model.backbone.image_size, images.shape[-2:], 0
+    Images are resized to fit (4 S, S), S the side of the crop (base: 2048, 512), read through
+    windows, and the logits resized to H x W. Probabilities are averaged over several `scales` and,
+    with `flip`, over the image and its mirror image.
+    """
+    window = model.backbone.image_size
     stride = [round(side * 2 / 3) for side in window]        # 341 of 512
+    size = tuple(images.shape[-2:])
+    total = 0
     for scale in scales:
-        fitted = fit_size(*size, 4 * min(window) * scale, min(window) * scale)
-        view = imagenet_normalize(images if fitted == tuple(size) else resize(images, fitted))
-        # Differs from the recipe, which fails where a side is shorter than the window (aspect above 4, scales below
-        # 1): we pad on the right and at the bottom with the mean colour, and cut that off again.
-        missing = [max(w - s, 0) for w, s in zip(window, fitted)]
-        view = F.pad(view, (0, missing[1], 0, missing[0]))
-        for mirrored in (False, True)[:1 + flip]:
-            logits = slide(model, view.flip(-1) if mirrored else view, window, stride)
-            logits = (logits.flip(-1) if mirrored else logits)[..., :fitted[0], :fitted[1]]
-            total = total + resize(logits, size).softmax(dim=1)
+        height, width = fit_size(*size, 4 * min(window) * scale, min(window) * scale)
+        view = images if (height, width) == size else resize(images, (height, width))
+        # Differs from the recipe, which fails if a side is shorter than the window (an aspect
+        # above 4, or scales below 1). We pad with the mean colour, and remove the padding below.
+        missing = [max(w - side, 0) for w, side in zip(window, (height, width), strict=True)]
+        view = F.pad(imagenet_normalize(view), (0, missing[1], 0, missing[0]))
+        logits = [slide(model, view, window, stride)]
+        if flip:
+            logits.append(slide(model, view.flip(-1), window, stride).flip(-1))
+        for x in logits:
+            total = total + resize(x[..., :height, :width], size).softmax(dim=1)
     return total / (len(scales) * (1 + flip))
 
 
-def warmup_of(preset, steps):
-    """Updates of warm-up in a run of so many: a run cut short keeps the recipe's share.  base: 1500 of 160,000"""
-    return round(steps * RECIPES[preset]["warmup_steps"] / RECIPES[preset]["steps"])
-
-
-# --- arguments --------------------------------------------------------------------------------------------------------
-def recipe_for(preset, init="pretrain"):
-    """One row of the recipe: by architecture, and whether it comes by way of ImageNet-21k."""
-    # From scratch there is nothing in the early blocks to keep, so all layers learn at one rate. Ours.
-    return RECIPES[preset] | (dict(layer_decay=1.0) if init == "scratch" else CHANGES.get((preset, init), {}))
-
-
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    engine.add_run_args(p)
-    p.add_argument("--init", default="pretrain", choices=["pretrain", "21k", "scratch"],
-                   help="start from OUT/pretrain.pt, a classifier (OUT/finetune_21k.pt), or random weights")
-    p.add_argument("--checkpoint", type=Path, help="start from this file, ours or released; --eval: the segmenter")
-    p.add_argument("--eval", action="store_true", help="only measure OUT/segment.pt, or --checkpoint, on val images")
-    p.add_argument("--multi-scale", action="store_true",
-                   help="--eval: average six scales and mirror images, for models trained with --jitter (not tiny)")
-    p.add_argument("--evaluations", type=int, help="evaluate so many times in a run; base: 10")
-    p.add_argument("--train-images", type=int, help="use only so many labelled training images; base: all, tiny: 200")
-    p.add_argument("--classes", type=int, help="classes of a folder's annotations, label 0 left out; default 150")
-    g = p.add_argument_group("optimiser")
-    g.add_argument("--lr", type=float, help="peak rate of the heads, not scaled by batch size; base: 5e-5")
-    g.add_argument("--layer-decay", type=float, help="rate of a block by the next one's; base: 0.75 (by 21k: 0.85)")
-    g.add_argument("--weight-decay", type=float, help="base: 0.05")
-    g.add_argument("--drop-path", type=float, help="stochastic depth, last block; base: 0.15")
-    g.add_argument("--warmup-steps", type=int, help="updates of linear warm-up; base: 1500 of 160,000, or that share")
-    g.add_argument("--jitter", type=float, help="images are resized by 1/JITTER to JITTER before cropping; base: 2")
-    args = p.parse_args(argv)
-    if args.model not in RECIPES:
-        engine.with_recipe(args, RECIPES)                    # says which there are
-    if args.multi_scale and not args.eval:
-        raise UserError("--multi-scale belongs to --eval: training measures at one scale")
-    row = recipe_for(args.model, args.init)
-    if args.steps is not None:
-        row["warmup_steps"] = warmup_of(args.model, args.steps)
-    elif args.epochs is not None:                            # train knows how many steps that makes
-        row = {k: v for k, v in row.items() if k not in ("steps", "warmup_steps")}
-    facts = look_at_checkpoint(args, row["image_size"])
-    row["image_size"] = facts["image_size"]
-    args = engine.with_recipe(args, {args.model: row})
-    args.patch_size = args.patch_size or facts["patch_size"]
-    if (args.init != "scratch" or args.eval) and args.patch_size != facts["patch_size"]:
-        raise UserError(f"--patch-size {args.patch_size}: the weights have {facts['patch_size']}; leave the flag out")
-    engine.check_sizes(args.image_size, args.patch_size)
-    weights.grid_of(args.image_size, args.patch_size)
-    engine.check_ranges(args, [
-        ("lr", 0, 10), ("layer_decay", 1e-3, 1), ("weight_decay", 0, 10), ("drop_path", 0, 0.99), ("jitter", 1, 10),
-        ("warmup_steps", 0, 10**9), ("evaluations", 1, 10**6), ("train_images", 1, 10**9), ("classes", 2, 254)])
-    return args
-
-
-def look_at_checkpoint(args, crop):
-    """Finds the file to start from, sets args.checkpoint, and reads from it the sizes that go with it. -> dict"""
-    preset, out = PRESETS[args.model], args.out or Path("runs") / args.model
-    facts = dict(image_size=crop, patch_size=preset["patch_size"])
-    if args.init == "scratch" and not args.eval:
-        if args.checkpoint:
-            raise UserError(f"--init scratch starts from random weights: leave out --checkpoint {args.checkpoint}")
-        return facts
-    name = "segment" if args.eval else "finetune_21k" if args.init == "21k" else "pretrain"
-    script = "finetune.py --intermediate" if name == "finetune_21k" else f"{name}.py"
-    remedy = f"make it with python {script} --model {args.model} --out {out}, or give --checkpoint FILE"
-    args.checkpoint = args.checkpoint or out / f"{name}.pt"
-    if args.dry_run and not args.checkpoint.is_file():
-        return facts
-    _, kind, arch = weights.look_at(args.checkpoint, args.model, remedy)
-    if args.eval != (kind == "segment"):
-        wrong = ("is no segmenter: train one with python segment.py" if args.eval else
-                 "is a segmenter already: measure it with --eval, or start from a backbone")
-        raise UserError(f"{args.checkpoint} {wrong}")
-    if not args.eval and (kind == "finetune") != (args.init == "21k"):
-        wrong = "no classifier: use --init pretrain" if args.init == "21k" else "a classifier: start with --init 21k"
-        raise UserError(f"{args.checkpoint} is {wrong}")
-    size = arch["image_size"] if isinstance(arch["image_size"], int) else max(arch["image_size"])
-    if args.eval and args.image_size not in (None, size):
-        raise UserError(f"--image-size {args.image_size}: {args.checkpoint} reads windows of {size} px; leave it out")
-    return dict(image_size=size if args.eval else crop, patch_size=arch["patch_size"])
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-def open_sets(args, process):
-    """-> (training images, held-out images), with label maps."""
-    transform = SegmentTransform(args.image_size, args.jitter, distortion=args.distortion)
-    few = min([n for n in (args.limit, args.train_images) if n], default=None)
-    options = dict(classes=args.classes, seed=args.seed)
-    train_set = open_scenes(args.data, "train", transform, limit=few, **options)
-    val_set = open_scenes(args.data, "val", limit=args.limit, **options)
-    data.leave_out_bad(args, process, train_set, val_set)
-    return train_set, val_set
-
-
-def build(args, classes):
-    """-> (UPerNet, report of what was loaded or None)."""
-    if args.init == "scratch":
-        preset = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
-        vit, report = ViT(**preset, drop_path=args.drop_path), None
-    else:
-        vit, _, report = weights.load_backbone(args.checkpoint, pool=None, image_size=args.image_size,
-                                               drop_path=args.drop_path)
-    return UPerNet(vit, classes, args.channels), report
-
-
-def upernet(classes, channels, aux_channels, **sizes):
-    """A UPerNet from the facts of a file; sizes: the arguments of ViT."""
-    return UPerNet(ViT(**sizes), classes, channels, aux_channels)
-
-
-def load_segmenter(path):
-    """-> (UPerNet with the weights of a segment.pt, ours or released, contents of the file)."""
-    checkpoint = weights.read(path)
-    if checkpoint.kind != "segment":
-        raise UserError(f"{path} is no segmenter: train one with python segment.py")
-    return weights.build(upernet, checkpoint), checkpoint.file
-
-
-@torch.no_grad()
-def average_statistics(model, world_size):
-    """Make BatchNorm's running means and variances equal on all ranks, as rank 0's are what is saved. On GPUs they are
-    already. (On CPUs each rank normalises by its own images; there is no synchronised BatchNorm for gloo.) Taking the
-    mean now or later is the same, as they move linearly, so how often a run is saved changes nothing but rounding."""
-    for m in model.modules():
-        if world_size > 1 and isinstance(m, nn.BatchNorm2d):
-            for statistic in (m.running_mean, m.running_var):
-                dist.all_reduce(statistic)
-                statistic.div_(world_size)
-
-
 def confusion(predicted, labels, classes):
-    """How many pixels of class i (row) were called j (column), ignored ones left out. -> (C, C) long"""
+    """How many pixels of class i (row) were called class j (column).  2 x (B, H, W) -> (C, C)"""
     known = labels != IGNORE
-    return (labels[known] * classes + predicted[known]).bincount(minlength=classes ** 2).view(classes, classes)
+    pairs = labels[known] * classes + predicted[known]
+    return pairs.bincount(minlength=classes ** 2).view(classes, classes)
 
 
 def scores(matrix, background=False):
-    """Figures of a confusion matrix, in percent, and IoU (C,) and accuracy (C,) of every class, on the CPU.
+    """Figures of a confusion matrix (C, C) in percent; IoU (C,) and accuracy (C,) of each class.
 
-    IoU_c = pixels of c called c / pixels of c or called c; mIoU its mean over classes. A class that neither labels
-    nor predictions hold has none (NaN) and stays out of the mean. a_acc: all pixels alike; m_acc: mean over classes."""
-    matrix = matrix.cpu().double()                           # here, as mps has no float64
-    hit, of_class, called = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
-    iou, acc = 100 * hit / (of_class + called - hit), 100 * hit / of_class
-    figures = dict(miou=iou.nanmean().item(), m_acc=acc.nanmean().item(), a_acc=(100 * hit.sum() / matrix.sum()).item())
-    if background:                                           # class 0 counts above, and is left out here
+    miou: mean of IoU over classes. m_acc: mean of the accuracy. a_acc: share of right pixels.
+    background: also the mean of IoU without class 0, miou_objects.
+    A class without a labelled or predicted pixel has no IoU (NaN) and stays out of the mean.
+    """
+    matrix = matrix.cpu().double()           # mps has no float64
+    hit = matrix.diagonal()
+    of_class = matrix.sum(dim=1)
+    called = matrix.sum(dim=0)
+    iou = 100 * hit / (of_class + called - hit)              # intersection / union
+    acc = 100 * hit / of_class
+    figures = dict(miou=iou.nanmean().item(), m_acc=acc.nanmean().item(),
+                   a_acc=(100 * hit.sum() / matrix.sum()).item())
+    if background:
         figures["miou_objects"] = iou[1:].nanmean().item()
     return figures, iou, acc
 
 
 @torch.no_grad()
-def evaluate(model, dataset, args, process):
-    """-> (figures, IoU (C,), accuracy (C,)) in percent. Every image counts once, over all processes, at its own size:
-    folders one image at a time, shapes, which have one size, many."""
+def name_pixels(model, images, process, multi_scale=False):
+    """Images (B, 3, H, W) uint8 -> the class of every pixel (B, H, W)."""
+    images = data.to_float(images, process.device)
+    scales = SCALES if multi_scale else [1.0]
+    with process.autocast():
+        return predict(model, images, scales, flip=multi_scale).argmax(dim=1)
+
+
+def evaluate(model, dataset, batches, process, multi_scale=False):
+    """The scores of held-out images, each at its own size, over all processes."""
     model.eval()
     classes = len(dataset.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.long, device=process.device)
-    folder = args.data != "shapes"
-    batches = data.eval_batches(len(dataset), 1 if folder else 50, process.rank, process.world_size)
-    options = dict(scales=SCALES, flip=True) if args.multi_scale else {}
-    for images, labels in data.make_loader(dataset, batches, args.workers if folder else 0, process.device):
-        images, labels = data.to_float(images, process.device), labels.to(process.device).long()
-        with engine.autocast(process.device, args.amp):
-            predicted = predict(model, images, **options).argmax(dim=1)              # (B, H, W)
-        matrix += confusion(predicted, labels, classes)
+    for images, labels in batches:
+        labels = labels.to(process.device).long()            # (B, H, W)
+        matrix += confusion(name_pixels(model, images, process, multi_scale), labels, classes)
     model.train()
-    return scores(engine.all_reduce_sum(matrix), dataset.background)
+    return scores(process.sum(matrix), dataset.background)
 
 
-@torch.no_grad()
-def draw(model, dataset, args, process, path, columns=10, cell=144):
-    """A picture with a column for each of ten held-out images: the image, its truth (white: ignored), the prediction.
-    A class has one colour in all of them; hues lie a golden section apart."""
-    model.eval()
-    colours = np.full((256, 3), 255, dtype=np.uint8)
-    for i in range(len(dataset.classes)):
-        colours[i] = 255 * np.array(colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.55 + 0.2 * (i % 3)))
-    if dataset.background:
-        colours[0] = 40
-    columns = min(columns, len(dataset))
-    sheet = Image.new("RGB", (columns * (cell + 4) - 4, 3 * (cell + 4) - 4), "white")
-    for column in range(columns):
-        image, labels = dataset[column if args.data == "shapes" else column * len(dataset) // columns]
-        with engine.autocast(process.device, args.amp):
-            predicted = predict(model, data.to_float(image[None], process.device)).argmax(dim=1)[0]
-        for row, pixels in enumerate((image.permute(1, 2, 0), colours[labels], colours[predicted.cpu()])):
-            picture = ImageOps.contain(Image.fromarray(np.asarray(pixels)), (cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(picture, (column * (cell + 4), row * (cell + 4)))
-    sheet.save(path)
-    model.train()
+# --- training -------------------------------------------------------------------------------------
+def train(args):
+    run = Run("segment", args)
+    crops = SegmentTransform(args.image_size, args.jitter, args.distortion)
+    train_set = open_split(args, "train", args.classes, crops)
+    val_set = open_split(args, "val", args.classes)
+    data.leave_out_bad(args, run, train_set, val_set)
+    names = train_set.classes
+
+    seed_all(args.seed)
+    model = build(args, len(names), run).to(run.device).train()
+    groups = rate_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = adamw(groups, (0.9, 0.999), run.device)
+    network = run.start(train_set, model=model, optimizer=optimizer,
+                        facts={"chance": math.log(len(names))}, about={"classes": names},
+                        before_saving=lambda: average_statistics(model, run))
+    run.eval_every = math.ceil(run.total_steps / args.evaluations)
+
+    for step in run.steps():
+        set_lr(optimizer, poly_schedule(step, args.lr, run.total_steps, run.warmup_steps))
+        for images, labels in run.micro_batches():
+            images = data.to_float(images, run.device)                   # (B, 3, H, W)
+            labels = labels.to(run.device).long()                        # (B, H, W)
+            # Classify the pixels: from the pyramid, and from one map with the auxiliary head.
+            with run.autocast():
+                logits, logits_aux = network(imagenet_normalize(images))         # (B, C, h, w)
+            loss_main = pixel_cross_entropy(logits, labels)
+            loss_aux = pixel_cross_entropy(logits_aux, labels)
+            loss = loss_main + AUX_WEIGHT * loss_aux
+            run.backward(loss)
+
+        optimizer.step()                     # Recipe, not in the paper: gradients are not clipped
+        optimizer.zero_grad(set_to_none=True)
+
+        if run.log_due:
+            run.log(loss=loss, loss_main=loss_main, loss_aux=loss_aux)
+        if run.evaluation_due:
+            average_statistics(model, run)
+            batches = run.eval_batches(val_set, val_set.at_once)
+            result, iou, acc = evaluate(model, val_set, batches, run)
+            run.log_evaluation(result)
+
+    run.print(class_table(names, iou, acc))
+    run.finish(result, init=args.init, iou=by_name(names, iou))
+    if run.is_main:
+        model.eval()
+        draw_scenes(val_set, lambda x: name_pixels(model, x, run), args.out / "segment.png")
+    return result
 
 
-def train(args, process):
-    resumed = engine.start_or_resume("segment", args, process)
-    train_set, val_set = open_sets(args, process)
-    if resumed and resumed["classes"] != list(train_set.classes):
-        raise UserError(f"the classes of {args.data} are no longer those of the run in {args.out}: restore them, or "
-                        f"add --fresh")
-    per_epoch = data.steps_per_epoch(len(train_set), args.batch_size)
-    steps = args.steps or args.epochs * per_epoch
-    warmup = min(warmup_of(args.model, steps) if args.warmup_steps is None else args.warmup_steps, steps - 1)
-    micro, accumulation = data.split_batch(args.batch_size, args.micro_batch, process.world_size)
+def build(args, classes, process):
+    """-> UPerNet on the backbone in --checkpoint, or on random weights."""
+    # Differs from the recipe if a batch is accumulated: BatchNorm sees one part at a time. On
+    # CPUs it sees only the part of this process.
     synchronised = process.world_size > 1 and process.device.type == "cuda"
-    # Differs from the recipe where a batch is accumulated: BatchNorm sees one part of the 16 images at a time (on CPUs,
-    # where nothing synchronises it, only this process's share of that).
-    seen = micro * process.world_size if synchronised else micro
-    if micro < 2 and not synchronised:
-        raise UserError("BatchNorm needs two images at once in every process: raise --micro-batch or --batch-size")
-
-    engine.seed_all(args.seed)
-    model, report = build(args, len(train_set.classes))
+    seen, _ = data.split_batch(args.batch_size, args.micro_batch, process.world_size)
+    if synchronised:
+        seen *= process.world_size
+    if seen < 2:
+        raise UserError("BatchNorm needs two images at once in every process: "
+                        "raise --micro-batch or --batch-size")
+    if seen < args.batch_size:
+        process.print(f"note: BatchNorm sees {seen} of the {args.batch_size} images of an update "
+                      f"at once: raise --micro-batch if memory allows")
+    vit = ViT(**sizes(args)) if args.init == "scratch" else load_start(args, process)
+    model = UPerNet(vit, classes, args.channels)
     if synchronised:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(process.device).train()
-    groups = rate_groups(model, args.weight_decay, args.layer_decay)
-    optimizer, start = engine.adamw(groups, (0.9, 0.999), process.device), 0
-    if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        start = resumed["step"]
-    ddp = engine.distribute(torch.compile(model) if args.compile else model, process)
-    log = engine.Log(args.out / "segment.jsonl", args, process, start, images=len(train_set), steps=steps,
-                     chance=math.log(len(train_set.classes)))
-    if process.rank == 0:
-        print(f"{count_parameters(model) / 1e6:.2f} M parameters, backbone from "
-              f"{'random numbers' if report is None else f'{args.checkpoint} ({len(report.loaded)} tensors)'}\n"
-              f"{len(train_set)} images, {len(train_set.classes)} classes, {steps} steps of {args.batch_size} = "
-              f"{process.world_size} processes x {accumulation} x {micro}; BatchNorm over {seen} images; "
-              f"layer decay {args.layer_decay}")
-        if accumulation > 1:
-            print(f"note: the batch is accumulated, and BatchNorm sees {seen} of its {args.batch_size} images at once: "
-                  f"raise --micro-batch if memory allows")
-    batches = iter(data.make_loader(train_set, data.TrainBatches(
-        len(train_set), args.batch_size, steps, start, process.rank, process.world_size, accumulation, args.seed),
-        args.workers, process.device))
-    eval_every = math.ceil(steps / args.evaluations)
-    watch = engine.Watch(args, process, log, lambda step: data.names_of(train_set, args.batch_size, step, args.seed))
-    clock, clock_step = time.time(), start
-    for step in engine.progress(start, steps, process, "segment"):
-        # 1. Schedules and all randomness are functions of the step, so resuming needs the step and no generator state.
-        engine.set_lr(optimizer, poly_schedule(step, args.lr, steps, warmup))
-        for k in range(accumulation):
-            images, labels = next(batches)                                       # (B, 3, H, W), (B, H, W) uint8
-            images, labels = data.to_float(images, process.device), labels.to(process.device).long()
-            engine.seed_all(args.seed, step, process.rank, k)                    # for dropout and stochastic depth
+    return model
 
-            # 2. Name the pixels: from the pyramid, and from one tap through the auxiliary head.
-            with engine.no_sync(ddp, last=k == accumulation - 1):
-                with engine.autocast(process.device, args.amp):
-                    logits, logits_aux = ddp(imagenet_normalize(images))         # (B, C, h, w), (B, C, gh, gw)
-                loss_main, loss_aux = pixel_cross_entropy(logits, labels), pixel_cross_entropy(logits_aux, labels)
-                loss = loss_main + AUX_WEIGHT * loss_aux
-                (loss / accumulation).backward()
-            watch.note(loss, step)
 
-        # 3. One update; each group at the rate of its layer. No clipping (recipe, not in the paper).
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        last, save = step == steps - 1, (step + 1) % args.save_every == 0
-        stop = watch.look(step, now=save or last or step % args.log_every == 0)
-        if step % args.log_every == 0 or last:
-            rate = (step + 1 - clock_step) * args.batch_size / (time.time() - clock)
-            clock, clock_step = time.time(), step + 1
-            log(step=step, epoch=step / per_epoch, loss=loss.item(), loss_main=loss_main.item(),
-                loss_aux=loss_aux.item(), images_per_s=rate, lr=max(group["lr"] for group in optimizer.param_groups))
+def sizes(args):
+    return PRESETS[args.model] | dict(
+        image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path)
 
-        # 4. Now and then every held-out image, once, at its own size. The file keeps the last weights, not the best.
-        if (step + 1) % eval_every == 0 or last:
-            begun = time.time()
-            average_statistics(model, process.world_size)
-            result, iou, acc = evaluate(model, val_set, args, process)
-            clock += time.time() - begun                     # images_per_s is about training
-            log(step=step, epoch=(step + 1) / per_epoch, split="val", **result)
-            if process.rank == 0:
-                print(f"step {step + 1}/{steps}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True)
-        if not last and (save or stop):
-            average_statistics(model, process.world_size)
-            if process.rank == 0:
-                engine.save_resume("segment", args, contents(model, args, train_set.classes) | dict(
-                    optimizer=optimizer.state_dict(), step=step + 1))
-            if stop:
-                raise SystemExit(128 + stop)
 
-    tell(args, process, log, val_set.classes, result, iou, acc, step=steps, init=args.init)
-    if process.rank == 0:
-        engine.finish("segment", args, contents(model, args, train_set.classes) | dict(step=steps, result=result))
-        draw(model, val_set, args, process, args.out / "segment.png")
+# --- networks from files --------------------------------------------------------------------------
+def load_start(args, process):
+    """The backbone in the file --checkpoint, its positions resized to the crop."""
+    path = args.checkpoint
+    script = "finetune.py --intermediate" if args.init == "21k" else "pretrain.py"
+    file, kind, arch = weights.look_at(path, args.model, f"make it with python {script} --model "
+                                       f"{args.model} --out {args.out}, or give --checkpoint FILE")
+    if kind == "segment" or (kind == "finetune") != (args.init == "21k"):
+        raise UserError(f"{path} is a {kind} file: --init pretrain starts from a pre-trained "
+                        f"backbone, --init 21k from a classifier, and --eval measures a segmenter")
+    if arch["patch_size"] != args.patch_size:
+        raise UserError(f"--patch-size {args.patch_size}: the weights in {path} have patches of "
+                        f"{arch['patch_size']} pixels; give --patch-size {arch['patch_size']}")
+    vit, _, report = weights.load_backbone(file, pool=None, image_size=args.image_size,
+                                           drop_path=args.drop_path, name=str(path))
+    process.print(f"backbone from {path} ({len(report.loaded)} tensors)")
+    return vit
+
+
+def load_segmenter(path):
+    """-> UPerNet with the weights of a segment.pt, ours or released; the contents of the file."""
+    file = read_file(path, remedy="make it with python segment.py, or give --checkpoint FILE")
+    state = weights.state_dict(file, str(path))
+    if weights.kind_of(state, str(path)) != "segment":
+        raise UserError(f"{path} is no segmenter: train one with python segment.py")
+    vit = ViT(**weights.read_architecture(state, file.get("arch"), str(path)))
+    try:
+        classes, channels = state["decode_head.conv_seg.weight"].shape[:2]
+        model = UPerNet(vit, classes, channels)
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is no UPerNet as built here: {reason}") from error
+    return model, file
+
+
+def evaluate_file(args):
+    """--eval: measure the segmenter in a file on the held-out images of --data."""
+    process = join_processes(args.device, args.amp)
+    model, file = load_segmenter(args.checkpoint)
+    classes = model.arch()["num_classes"]
+    in_folder = None if args.data == "shapes" else classes
+    val_set = open_split(args, "val", args.classes or in_folder)
+    refuse_other_classes(val_set, args.checkpoint, classes, file.get("classes"))
+    data.leave_out_bad(args, process, val_set)
+    shares = data.eval_batches(len(val_set), val_set.at_once, process.rank, process.world_size)
+    batches = data.make_loader(val_set, shares, args.workers, process.device)
+    model = model.to(process.device)
+    result, iou, acc = evaluate(model, val_set, batches, process, args.multi_scale)
+
+    summary = dict(summary=1, checkpoint=str(args.checkpoint), images=len(val_set), **result)
+    log = Log(args.out / "segment_eval.jsonl", args, process, append=True)
+    log(**summary, iou=by_name(val_set.classes, iou))
+    process.print(class_table(val_set.classes, iou, acc))
+    process.print(json.dumps(rounded(summary)))
     return result
 
 
-def tell(args, process, log, names, result, iou, acc, **facts):
-    """The summary line of the log; on the screen the table by class, best first, and the same line."""
-    log(summary=1, **facts, **result,                        # None: a class that occurs nowhere
-        iou={name: None if math.isnan(v) else round(v, 2) for name, v in zip(names, iou.tolist())})
-    if process.rank == 0:
-        order = iou.nan_to_num(-1).argsort(descending=True).tolist()
-        print("\n".join(["class                    IoU    acc"] + [
-            f"{names[i]:20} {iou[i]:7.2f}{acc[i]:7.2f}" for i in order]))
-        print(json.dumps({"summary": 1, **facts, **{k: round(v, 4) for k, v in result.items()}}))
+# --- arguments ------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    p = run_parser(__doc__, without=("data", "data_dir", "download", "image_size"))
+    add = p.add_argument_group("segmentation").add_argument
+    add("--data", help="shapes, or a folder in ADE20K's layout; base: datasets/ade20k")
+    add("--classes", type=whole(2, 254), help="classes of a folder, label 0 left out; default 150")
+    add("--train-images", type=whole(1), help="use so many labelled images; base: all, tiny: 200")
+    add("--image-size", type=whole(1), help="side of the crop in pixels; base: 512")
+    add("--jitter", type=number(1, 10), help="resize by 1/JITTER to JITTER, then crop; base: 2")
+    add("--init", default="pretrain", choices=["pretrain", "21k", "scratch"],
+        help="start from OUT/pretrain.pt, OUT/finetune_21k.pt, or random weights")
+    add("--checkpoint", type=Path, help="start from this file; with --eval: measure this file")
+    add("--eval", action="store_true", help="only measure OUT/segment.pt, or --checkpoint")
+    add("--multi-scale", action="store_true", help="with --eval: average six scales and mirror "
+        "images; for models trained with --jitter (not tiny)")
+    add("--evaluations", type=whole(1, 10**6), help="how often a run evaluates; base: 10")
+    add("--lr", type=number(0, 10), help="peak rate of the heads, for any batch size; base: 5e-5")
+    add("--layer-decay", type=number(1e-3, 1), help="rate of a block by the next one's; base: 0.75")
+    add("--weight-decay", type=number(0, 10), help="base: 0.05")
+    add("--drop-path", type=number(0, 0.99), help="stochastic depth, last block; base: 0.15")
+    add("--warmup-steps", type=whole(0), help="updates of linear warm-up; base: 1500 of 160,000")
+    args = p.parse_args(argv)
 
-
-def evaluate_file(args, process):
-    """--eval: the segmenter in a file, on the held-out images of --data. Its classes must be those of the data."""
-    model, checkpoint = load_segmenter(args.checkpoint)
-    classes = model.decode_head.conv_seg.out_channels
-    dataset = open_scenes(args.data, "val", classes=args.classes or (None if args.data == "shapes" else classes),
-                               limit=args.limit, seed=args.seed)
-    if classes != len(dataset.classes) or checkpoint.get("classes", dataset.classes) != dataset.classes:
-        other = ", of other names" if classes == len(dataset.classes) else ""
-        raise UserError(f"{args.checkpoint} knows {classes} classes, {args.data} has {len(dataset.classes)}{other}: "
-                        f"give the data of its training")
-    data.leave_out_bad(args, process, dataset)
-    result, iou, acc = evaluate(model.to(process.device), dataset, args, process)
-    log = engine.Log(args.out / "segment_eval.jsonl", args, process, append=True)
-    tell(args, process, log, dataset.classes, result, iou, acc, checkpoint=str(args.checkpoint), images=len(dataset))
-    return result
-
-
-# --- main -------------------------------------------------------------------------------------------------------------
-def contents(model, args, classes):
-    vit = model.backbone
-    return engine.describe_run("segment", args) | dict(model=model.state_dict(), classes=list(classes), arch=dict(
-        image_size=args.image_size, patch_size=args.patch_size, width=vit.width, depth=vit.depth, heads=vit.heads,
-        positions=vit.positions, layer_scale=vit.layer_scale, channels=model.decode_head.conv_seg.in_channels,
-        num_classes=len(classes)))
+    if args.multi_scale and not args.eval:
+        raise UserError("--multi-scale belongs to --eval: training measures at one scale")
+    if args.eval and (args.image_size or args.patch_size):
+        raise UserError("--eval reads --image-size and --patch-size in the file: leave them out")
+    from_scratch = args.init == "scratch" and not args.eval
+    if from_scratch and args.checkpoint:
+        raise UserError(f"--init scratch starts from random weights: "
+                        f"leave out --checkpoint {args.checkpoint}")
+    fill_in(args, MODELS, RECIPE | OTHER_STARTS.get(args.init, {}))
+    if args.epochs:                          # instead of the steps of the recipe
+        args.steps = None
+    # The coarsest map has half the resolution, so it needs two patches a side.
+    check_range(args, "image_size", 2 * args.patch_size, 128 * args.patch_size)
+    if args.checkpoint is None and not from_scratch:
+        start = "finetune_21k.pt" if args.init == "21k" else "pretrain.pt"
+        args.checkpoint = args.out / ("segment.pt" if args.eval else start)
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
         classes = args.classes or (11 if args.data == "shapes" else 150)
-        with torch.device("meta"):                           # shapes without numbers
-            vit = ViT(**PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size))
-            model = UPerNet(vit, classes, args.channels)
-            sizes = [tuple(x.shape[-2:]) for x in model.maps(torch.zeros(2, 3, args.image_size, args.image_size))]
-        print("\n".join(f"{k:18} {v}" for k, v in sorted(files.plain_args(args).items())))
-        print(f"{count_parameters(model):,} trainable parameters with {classes} classes, both heads counted; taps "
-              f"{model.taps}; maps {sizes}; {args.batch_size} images per update")
-        return None
-    process = engine.init_distributed(args.device)
-    args.amp = engine.resolve_amp(args.amp, process.device)
-    args.micro_batch = args.micro_batch or args.batch_size
-    return evaluate_file(args, process) if args.eval else train(args, process)
+        with torch.device("meta"):           # shapes without numbers
+            model = UPerNet(ViT(**sizes(args)), classes, args.channels)
+        return dry_run(args, model, f"{classes} classes", f"blocks {model.taps} are read")
+    return evaluate_file(args) if args.eval else train(args)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    launch(main)

@@ -141,11 +141,15 @@ def steps_per_epoch(images, batch_size):
 def resolve_steps(args, images):
     """-> (steps, warmup_steps, steps_per_epoch)"""
     per_epoch = steps_per_epoch(images, args.batch_size)
-    if args.steps:                           # a run cut short keeps the recipe's share of warm-up
-        steps = args.steps
+    steps = args.steps or args.epochs * per_epoch
+    # A run cut short keeps the recipe's share of warm-up.
+    if "warmup_share" in args:               # segment.py counts its warm-up in steps
+        warmup = args.warmup_steps
+        if warmup is None:
+            warmup = args.warmup_share * steps
+    elif args.steps:
         warmup = args.warmup_epochs * (args.steps / args.epochs)
     else:
-        steps = args.epochs * per_epoch
         warmup = args.warmup_epochs * per_epoch
     return steps, min(round(warmup), steps - 1), per_epoch
 

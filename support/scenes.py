@@ -8,6 +8,7 @@ Read in this order: SegmentTransform, distort, Scenes, read_labels, open_scenes.
 """
 # Shapes:  H x W an image, S the side of a crop
 import colorsys
+import math
 import os
 from pathlib import Path
 
@@ -270,6 +271,15 @@ def read_labels(path, classes):
     return torch.from_numpy(labels.astype(np.uint8))
 
 
+def open_split(args, split, classes, transform=None):
+    """open_scenes with the flags of segment.py; training may use fewer images."""
+    limits = [args.limit]
+    if split == "train":
+        limits.append(args.train_images)
+    limit = min([n for n in limits if n], default=None)
+    return open_scenes(args.data, split, transform, classes=classes, limit=limit, seed=args.seed)
+
+
 def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0):
     """The data set behind --data: "shapes", or a folder in ADE20K's layout.
 
@@ -289,6 +299,14 @@ def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0
     return SceneFolder(name, split, classes or 150, transform, seed, limit)
 
 
+def refuse_other_classes(dataset, path, count, names):
+    """UserError if the segmenter in `path` knows other classes. names: None if it does not say."""
+    if count != len(dataset.classes) or names not in (None, dataset.classes):
+        other = " of other names" if count == len(dataset.classes) else ""
+        raise UserError(f"{path} knows {count} classes, {shown(dataset.name)} has "
+                        f"{len(dataset.classes)}{other}: give the data of its training")
+
+
 # --- results --------------------------------------------------------------------------------------
 def class_table(names, iou, accuracy):
     """Readable lines, the best class first.  iou, accuracy: (C,) in percent, NaN where undefined"""
@@ -296,6 +314,12 @@ def class_table(names, iou, accuracy):
     for i in iou.nan_to_num(-1).argsort(descending=True).tolist():
         lines.append(f"{names[i]:20} {iou[i]:7.2f}{accuracy[i]:7.2f}")
     return "\n".join(lines)
+
+
+def by_name(names, iou):
+    """IoU of every class for the log; None for a class that occurs nowhere."""
+    return {name: None if math.isnan(value) else round(value, 2)
+            for name, value in zip(names, iou.tolist(), strict=True)}
 
 
 def draw_scenes(dataset, predict, path, columns=10, cell=144):
