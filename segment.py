@@ -28,7 +28,7 @@ from torch import nn
 from model import PRESETS, ViT, imagenet_normalize
 from support import data, weights
 from support.args import check_range, fill_in, number, run_parser, whole
-from support.files import Log, UserError, read_file, rounded
+from support.files import Log, UserError, rounded
 from support.optim import adamw, param_groups, set_lr
 from support.process import join_processes, launch, seed_all
 from support.run import Run, dry_run
@@ -66,7 +66,6 @@ OTHER_STARTS = {         # what changes in the table with --init
 POOLS = 1, 2, 3, 6       # pyramid pooling takes means over 1 x 1, 2 x 2, 3 x 3 and 6 x 6 regions
 DROPOUT = 0.1            # of whole channels, before both classifiers
 AUX_WEIGHT = 0.4         # the auxiliary head: weight of its loss,
-AUX_CHANNELS = 256       # its width,
 AUX_TAP = 2              # and which of the four maps it reads
 SCALES = 0.5, 0.75, 1.0, 1.25, 1.5, 1.75                     # --multi-scale
 
@@ -107,8 +106,7 @@ def add_pyramid(vit):
     vit.fpn3 = nn.Identity()
     vit.fpn4 = nn.MaxPool2d(kernel_size=2, stride=2)
     # Recipe, not in the paper: blocks are read before any norm, so the final norm goes.
-    vit.norm = None
-    vit.fc_norm = None
+    vit.norm = vit.fc_norm = vit.pool = None
     return vit
 
 
@@ -142,24 +140,24 @@ class UPerHead(nn.Module):
         return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))
 
 
-def fcn_head(width, classes):
+def fcn_head(width, classes, channels):
     """The auxiliary head. It lets the blocks in the middle learn from the labels directly."""
     return nn.Sequential(OrderedDict(
-        convs=nn.Sequential(conv(width, AUX_CHANNELS, 3)),
+        convs=nn.Sequential(conv(width, channels, 3)),
         dropout=nn.Dropout2d(DROPOUT),
-        conv_seg=classifier(AUX_CHANNELS, classes)))
+        conv_seg=classifier(channels, classes)))
 
 
 class UPerNet(nn.Module):
     """Backbone, pyramid and the two heads. The names are those of the released files."""
 
-    def __init__(self, backbone, classes, channels=None):
+    def __init__(self, backbone, classes, channels=None, aux_channels=256):
         """channels: width of the head; default that of the backbone, as in the paper."""
         super().__init__()
         self.backbone = add_pyramid(backbone)
         self.taps = taps_of(backbone.depth)
         self.decode_head = UPerHead(backbone.width, channels or backbone.width, classes)
-        self.auxiliary_head = fcn_head(backbone.width, classes)
+        self.auxiliary_head = fcn_head(backbone.width, classes, aux_channels)
 
     def arch(self):
         """The sizes that a file of weights states beside them."""
@@ -416,8 +414,10 @@ def build(args, classes, process):
 
 
 def sizes(args):
+    """The arguments of ViT for a new backbone."""
+    patch_size = args.patch_size or PRESETS[args.model]["patch_size"]
     return PRESETS[args.model] | dict(
-        image_size=args.image_size, patch_size=args.patch_size, drop_path=args.drop_path)
+        image_size=args.image_size, patch_size=patch_size, drop_path=args.drop_path)
 
 
 # --- networks from files --------------------------------------------------------------------------
@@ -425,35 +425,31 @@ def load_start(args, process):
     """The backbone in the file --checkpoint, its positions resized to the crop."""
     path = args.checkpoint
     script = "finetune.py --intermediate" if args.init == "21k" else "pretrain.py"
-    file, kind, arch = weights.look_at(path, args.model, f"make it with python {script} --model "
-                                       f"{args.model} --out {args.out}, or give --checkpoint FILE")
+    checkpoint = weights.read(path, f"make it with python {script} --model {args.model} "
+                                    f"--out {args.out}, or give --checkpoint FILE")
+    weights.check_width(checkpoint, args.model)
+    kind = checkpoint.kind
     if kind == "segment" or (kind == "finetune") != (args.init == "21k"):
         raise UserError(f"{path} is a {kind} file: --init pretrain starts from a pre-trained "
                         f"backbone, --init 21k from a classifier, and --eval measures a segmenter")
-    if arch["patch_size"] != args.patch_size:
-        raise UserError(f"--patch-size {args.patch_size}: the weights in {path} have patches of "
-                        f"{arch['patch_size']} pixels; give --patch-size {arch['patch_size']}")
-    vit, _, report = weights.load_backbone(file, pool=None, image_size=args.image_size,
-                                           drop_path=args.drop_path, name=str(path))
+    if args.patch_size not in (None, checkpoint.backbone["patch_size"]):
+        raise UserError(f"--patch-size {args.patch_size}: the weights in {path} have "
+                        f"{checkpoint.backbone['patch_size']}; leave the flag out")
+    vit, _, report = weights.load_backbone(checkpoint, pool=None, image_size=args.image_size,
+                                           drop_path=args.drop_path)
     process.print(f"backbone from {path} ({len(report.loaded)} tensors)")
     return vit
 
 
 def load_segmenter(path):
     """-> UPerNet with the weights of a segment.pt, ours or released; the contents of the file."""
-    file = read_file(path, remedy="make it with python segment.py, or give --checkpoint FILE")
-    state = weights.state_dict(file, str(path))
-    if weights.kind_of(state, str(path)) != "segment":
+    checkpoint = weights.read(path, "make it with python segment.py, or give --checkpoint FILE")
+    if checkpoint.kind != "segment":
         raise UserError(f"{path} is no segmenter: train one with python segment.py")
-    vit = ViT(**weights.read_architecture(state, file.get("arch"), str(path)))
-    try:
-        classes, channels = state["decode_head.conv_seg.weight"].shape[:2]
-        model = UPerNet(vit, classes, channels)
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} is no UPerNet as built here: {reason}") from error
-    return model, file
+
+    def make(classes, channels, aux_channels, **sizes):
+        return UPerNet(ViT(**sizes), classes, channels, aux_channels)
+    return weights.build(make, checkpoint), checkpoint.file
 
 
 def evaluate_file(args):
@@ -509,11 +505,14 @@ def parse_args(argv=None):
     if from_scratch and args.checkpoint:
         raise UserError(f"--init scratch starts from random weights: "
                         f"leave out --checkpoint {args.checkpoint}")
+    patch_size = args.patch_size
     fill_in(args, MODELS, RECIPE | OTHER_STARTS.get(args.init, {}))
     if args.epochs:                          # instead of the steps of the recipe
         args.steps = None
     # The coarsest map has half the resolution, so it needs two patches a side.
     check_range(args, "image_size", 2 * args.patch_size, 128 * args.patch_size)
+    if not from_scratch:
+        args.patch_size = patch_size         # None: that of the checkpoint
     if args.checkpoint is None and not from_scratch:
         start = "finetune_21k.pt" if args.init == "21k" else "pretrain.pt"
         args.checkpoint = args.out / ("segment.pt" if args.eval else start)

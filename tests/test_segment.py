@@ -448,7 +448,7 @@ def test_checkpoints_of_another_kind_or_size_are_refused(pretrained):
             "--init", "21k", "--checkpoint", start)
     refused("is no segmenter", "--eval", "--checkpoint", start)
     refused("width 128, --model base has 768", "--model", "base", "--data", "shapes")
-    refused("--patch-size 16: .* patches of 8 pixels; give --patch-size 8", "--patch-size", "16")
+    refused("--patch-size 16: the weights in .* have 8; leave the flag out", "--patch-size", "16")
     write_file(pretrained / "classifier.pt", dict(model=ViT(**TINY, num_classes=4).state_dict()))
     refused("is a finetune file: .* --init 21k from a classifier",
             "--checkpoint", pretrained / "classifier.pt")

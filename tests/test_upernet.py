@@ -75,7 +75,7 @@ def test_a_network_comes_back_from_its_file_with_all_its_sizes(tmp_path, build):
 def test_a_file_with_another_head_is_refused(tmp_path):
     state = {name: x for name, x in small().state_dict().items() if "bottleneck" not in name}
     write_file(tmp_path / "segment.pt", dict(kind="segment", model=state))
-    with pytest.raises(UserError, match="segment.pt is no UPerNet as built here: .*bottleneck"):
+    with pytest.raises(UserError, match="segment.pt .segment. lacks .*bottleneck"):
         load_segmenter(tmp_path / "segment.pt")
 
 
