@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import PRESETS, ViT, imagenet_normalize
-from support import data, weights
+from support import batchnorm, data, weights
 from support.args import check_range, fill_in, number, run_parser, whole
 from support.files import Log, UserError, rounded
 from support.optim import adamw, param_groups, set_lr
@@ -97,15 +97,17 @@ def classifier(channels, classes):
 
 
 def add_pyramid(vit):
-    """Give a backbone four layers that bring a map (B, D, gh, gw) to 4, 2, 1 and 1/2 times its
-    size. They are part of the backbone because the released files name them so."""
+    """Give a backbone four layers that resize a map (B, D, gh, gw): by 4, 2, 1 and 1/2.
+
+    They are part of the backbone because the released files name them so.
+    """
     def double():
         return nn.ConvTranspose2d(vit.width, vit.width, kernel_size=2, stride=2)
     vit.fpn1 = nn.Sequential(double(), nn.BatchNorm2d(vit.width), nn.GELU(), double())
     vit.fpn2 = nn.Sequential(double())                       # Recipe, not in the paper: no norm
     vit.fpn3 = nn.Identity()
     vit.fpn4 = nn.MaxPool2d(kernel_size=2, stride=2)
-    # Recipe, not in the paper: blocks are read before any norm, so the final norm goes.
+    # Recipe, not in the paper: blocks are read before any norm. So the final norm is removed.
     vit.norm = vit.fc_norm = vit.pool = None
     return vit
 
@@ -130,7 +132,7 @@ class UPerHead(nn.Module):
         top = maps[3]
         pooled = [resize(pool(top), top.shape[-2:]) for pool in self.psp_modules]
         context = self.bottleneck(torch.cat([top, *pooled], dim=1))
-        # Feature pyramid: from the coarsest map down, each map receives what the coarser one knows.
+        # Feature pyramid: one after the other, each map receives what the next coarser one knows.
         levels = [lateral(maps[i]) for i, lateral in enumerate(self.lateral_convs)] + [context]
         for i in (2, 1, 0):
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[-2:])
@@ -141,7 +143,7 @@ class UPerHead(nn.Module):
 
 
 def fcn_head(width, classes, channels):
-    """The auxiliary head. It lets the blocks in the middle learn from the labels directly."""
+    """The auxiliary head: in training, blocks in the middle learn from the labels directly."""
     return nn.Sequential(OrderedDict(
         convs=nn.Sequential(conv(width, channels, 3)),
         dropout=nn.Dropout2d(DROPOUT),
@@ -204,7 +206,7 @@ def pixel_cross_entropy(logits, labels):
 def layer_of(name, depth):
     """The layer of a parameter: 0 the embeddings, i + 1 block i, depth + 1 pyramid and heads."""
     part = name.removeprefix("backbone.").split(".")
-    if part[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
+    if part[0] in ("cls_token", "pos_embed", "patch_embed"):
         return 0
     if part[0] == "blocks":
         return int(part[1]) + 1
@@ -226,19 +228,6 @@ def poly_schedule(step, base, total, warmup):
     if step < warmup:
         rate *= step / warmup
     return rate
-
-
-@torch.no_grad()
-def average_statistics(model, process):
-    """Make BatchNorm's running means and variances equal in all processes.
-
-    Only rank 0's are saved. On GPUs they are equal already (SyncBatchNorm). On CPUs, which have no
-    SyncBatchNorm, each process normalises by its own images, and so their statistics differ.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for statistic in (module.running_mean, module.running_var):
-                process.sum(statistic).div_(process.world_size)
 
 
 # --- method: prediction and scores ----------------------------------------------------------------
@@ -352,12 +341,13 @@ def train(args):
     names = train_set.classes
 
     seed_all(args.seed)
-    model = build(args, len(names), run).to(run.device).train()
+    batchnorm.check_batch(args, run)
+    model = batchnorm.synchronise(build(args, len(names), run), run).to(run.device).train()
     groups = rate_groups(model, args.weight_decay, args.layer_decay)
     optimizer = adamw(groups, (0.9, 0.999), run.device)
     network = run.start(train_set, model=model, optimizer=optimizer,
                         facts={"chance": math.log(len(names))}, about={"classes": names},
-                        before_saving=lambda: average_statistics(model, run))
+                        before_saving=lambda: batchnorm.average_statistics(model, run))
     run.eval_every = math.ceil(run.total_steps / args.evaluations)
 
     for step in run.steps():
@@ -379,7 +369,7 @@ def train(args):
         if run.log_due:
             run.log(loss=loss, loss_main=loss_main, loss_aux=loss_aux)
         if run.evaluation_due:
-            average_statistics(model, run)
+            batchnorm.average_statistics(model, run)         # all processes measure one network
             batches = run.eval_batches(val_set, val_set.at_once)
             result, iou, acc = evaluate(model, val_set, batches, run)
             run.log_evaluation(result)
@@ -394,23 +384,8 @@ def train(args):
 
 def build(args, classes, process):
     """-> UPerNet on the backbone in --checkpoint, or on random weights."""
-    # Differs from the recipe if a batch is accumulated: BatchNorm sees one part at a time. On
-    # CPUs it sees only the part of this process.
-    synchronised = process.world_size > 1 and process.device.type == "cuda"
-    seen, _ = data.split_batch(args.batch_size, args.micro_batch, process.world_size)
-    if synchronised:
-        seen *= process.world_size
-    if seen < 2:
-        raise UserError("BatchNorm needs two images at once in every process: "
-                        "raise --micro-batch or --batch-size")
-    if seen < args.batch_size:
-        process.print(f"note: BatchNorm sees {seen} of the {args.batch_size} images of an update "
-                      f"at once: raise --micro-batch if memory allows")
     vit = ViT(**sizes(args)) if args.init == "scratch" else load_start(args, process)
-    model = UPerNet(vit, classes, args.channels)
-    if synchronised:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+    return UPerNet(vit, classes, args.channels)
 
 
 def sizes(args):
@@ -441,20 +416,23 @@ def load_start(args, process):
     return vit
 
 
+def upernet(classes, channels, aux_channels, **sizes):
+    """UPerNet from the facts of a file."""
+    return UPerNet(ViT(**sizes), classes, channels, aux_channels)
+
+
 def load_segmenter(path):
     """-> UPerNet with the weights of a segment.pt, ours or released; the contents of the file."""
     checkpoint = weights.read(path, "make it with python segment.py, or give --checkpoint FILE")
     if checkpoint.kind != "segment":
         raise UserError(f"{path} is no segmenter: train one with python segment.py")
-
-    def make(classes, channels, aux_channels, **sizes):
-        return UPerNet(ViT(**sizes), classes, channels, aux_channels)
-    return weights.build(make, checkpoint), checkpoint.file
+    return weights.build(upernet, checkpoint), checkpoint.file
 
 
 def evaluate_file(args):
     """--eval: measure the segmenter in a file on the held-out images of --data."""
     process = join_processes(args.device, args.amp)
+    args.amp = process.amp
     model, file = load_segmenter(args.checkpoint)
     classes = model.arch()["num_classes"]
     in_folder = None if args.data == "shapes" else classes
