@@ -1,5 +1,13 @@
-"""Features computed once and read from then on.
+"""Features computed once, kept in a file, and read from then on.
+
+    store_features   encode(images) of a whole data set -> FeatureFile, computed if it is missing
+    cache_features   a data set whose images come with their teacher's features (vqkd.py)
+
+The name of a file ends in a hash of everything that its features follow from: weights, code,
+images, sizes, precision. So other weights or other images never meet an old file. A file is written
+under another name and renamed when it is complete, so a killed run leaves nothing half-read.
 """
+# Shapes:  n images, B images of a batch, N patches, C teacher width, S image side
 import hashlib
 import math
 import os
@@ -14,138 +22,201 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from support.files import UserError
 from support import data, transforms
-from support.process import seed_all
+from support.files import UserError
 from support.images import shown
+from support.process import seed_all
 
 
-# ----------------------------------------------------------------------------------------- features computed only once
-def cache_features(teacher, dataset, folder, process, *, flip, batch_size=64, workers=0, amp="no"):
-    """-> WithFeatures: `dataset`, its images beside their teacher's features, from a file in `folder`; made if missing.
+# --- the file -------------------------------------------------------------------------------------
+class FeatureFile:
+    """A table of features on disk, a row per image. file[rows] -> a tensor with a copy of them.
 
-    dataset  Images shown whole (transforms.EvalTransform): features of random crops could not be known beforehand.
-    flip     for training: the mirror image's features are cached, too, and every epoch draws one of the two.
-    All processes share `folder`, on one machine. Loading may move the global generators of random numbers: seed them
-    afterwards.
+    The table may be larger than the memory: only the rows asked for are read.
     """
-    if not isinstance(dataset.transform, transforms.EvalTransform):
-        raise ValueError(f"features are cached of images as transforms.EvalTransform shows them, not {dataset.transform}")
-    # A teacher is not mirror-symmetric: the mirror image's features are not its features mirrored.
-    shape = (len(dataset), 2 if flip else 1, math.prod(teacher.grid), teacher.dim)                   # (n, 1 or 2, N, C)
-    answer = [None, None]
-    if process.rank == 0:                                    # for all: it asks the disk about every picture file
-        path = Path(folder) / cache_name(teacher, dataset, flip, amp)
-        answer = [str(path), None if path.exists() else empty_file(path, shape, dataset)]
+
+    mapped = None
+
+    def __init__(self, path, shape, dtype):
+        self.path, self.shape, self.dtype = Path(path), tuple(shape), dtype
+
+    def __getstate__(self):
+        return {**self.__dict__, "mapped": None}             # a worker maps the file itself
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        if isinstance(rows, torch.Tensor):
+            rows = rows.numpy()
+        return torch.from_numpy(np.array(self.table()[rows]))
+
+    def table(self):
+        """All rows, mapped. UserError if the file is not what was written."""
+        if self.mapped is None:
+            try:
+                self.mapped = np.load(self.path, mmap_mode="r")
+                found = self.mapped.shape, self.mapped.dtype.name
+                if found != (self.shape, self.dtype):
+                    raise ValueError(f"it holds {found} instead of {(self.shape, self.dtype)}")
+            except (OSError, ValueError, EOFError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"the file of features {self.path} is damaged ({reason}): "
+                                f"delete it, and the next run computes it again") from error
+        return self.mapped
+
+
+@torch.no_grad()
+def store_features(folder, flag, name, encode, dataset, process, *, networks=(), about=(),
+                   dtype="float16", batch_size=64, workers=0):
+    """-> FeatureFile (n, ...): encode(image) of each image of a data set, in order.
+
+    folder     shared by all processes; flag is what the user calls it, for error messages
+    name       how the file's name begins, for human readers
+    encode     images (B, 3, S, S) in [0, 1] -> features (B, ...)
+    networks   the modules that encode reads; about: whatever else its features follow from
+    UserError if the disk has no room for the file, before any work.
+    """
+    facts = [None] * 4
+    if process.is_main:                      # for all: it asks the disk about every picture file
+        image, _ = dataset[0]
+        example = encode(data.to_float(image[None], process.device))
+        shape = (len(dataset), *example.shape[1:])
+        key = [about, shape, dtype, process.amp, some_digits(example)]
+        path = Path(folder) / file_name(name, dataset, networks, key)
+        temporary = None if path.exists() else empty_file(path, shape, dtype, flag)
+        facts = [str(path), temporary, shape, dtype]
     if process.world_size > 1:
-        dist.broadcast_object_list(answer)
-    path, temporary = answer
+        dist.broadcast_object_list(facts)
+    path, temporary, shape, dtype = facts
     if temporary:
-        write_features(temporary, teacher, dataset, process, batch_size, workers, amp)
+        write_rows(temporary, encode, dataset, process, batch_size, workers)
         if process.world_size > 1:
-            dist.barrier()                                   # all have written ...
-        if process.rank == 0:
+            dist.barrier()                   # all have written ...
+        if process.is_main:
             os.replace(temporary, path)
         if process.world_size > 1:
-            dist.barrier()                                   # ... and all will find it
-    cached = WithFeatures(dataset, path, shape)
-    cached.features                                          # a damaged file is said here and not by a worker
-    return cached
+            dist.barrier()                   # ... and all will find the file
+    file = FeatureFile(path, shape, dtype)
+    file.table()                             # raises here, not in a worker, if the file is damaged
+    return file
 
 
-def cache_name(teacher, dataset, flip, amp):
-    """A file name that begins readably and ends in a hash of all that the features follow from, so that another
-    teacher, other weights, other images or another size never meet an old file."""
-    facts = [getattr(dataset, k, None) for k in ("name", "split", "limit", "count", "max_rotation")]
-    facts += [len(dataset), sorted(vars(dataset.transform).items()), bool(flip), amp, fingerprint(teacher)]
+def file_name(name, dataset, networks, key):
+    """NAME-DATA-SPLIT-SIZEpx-HASH.npy"""
+    images = getattr(dataset, "dataset", dataset)            # the data set behind a wrapper
+    fields = "name split limit max_rotation".split()
+    facts = [getattr(images, field, None) for field in fields]
+    facts += [len(images), sorted(vars(images.transform).items()), key]
     digest = hashlib.sha256(repr(facts).encode())
-    for path in getattr(dataset, "paths", ()):               # an image folder: its files by path, size and date
+    for network in networks:
+        for tensor in network.state_dict().values():
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for path in getattr(images, "paths", ()):                # a folder: by path, size and date
         try:
             status = os.stat(path)
         except OSError as error:
-            raise UserError(f"{shown(os.fsdecode(path))} cannot be found ({error.strerror}): remove or "
-                                   f"mend the link") from error
+            raise UserError(f"{shown(os.fsdecode(path))} cannot be found ({error.strerror}): "
+                            f"remove or mend the link") from error
         digest.update(repr((bytes(path), status.st_size, status.st_mtime_ns)).encode())
-    return "-".join(["+".join(teacher.names), Path(dataset.name).resolve().name, dataset.split,
-                     f"{dataset.transform.size}px", digest.hexdigest()[:12]]) + ".npy"
+    place = Path(images.name).resolve().name
+    return (f"{name}-{place}-{images.split}-{images.transform.size}px-"
+            f"{digest.hexdigest()[:12]}.npy")
 
 
-def fingerprint(teacher):
-    """A digest of what a teacher computes: its name, sizes and every weight. Where it has no weights, its features of
-    one fixed image stand in for its code, rounded, since their last digits differ from machine to machine."""
-    digest = hashlib.sha256(repr((teacher.name, teacher.grid)).encode())
-    for one in getattr(teacher, "teachers", [teacher]):
-        digest.update(repr(sorted((k, v) for k, v in vars(one).items() if isinstance(v, (int, tuple, list)))).encode())
-        tensors = [t for v in vars(one).values() if isinstance(v, torch.nn.Module) for t in v.state_dict().values()]
-        if not tensors:
-            image = torch.rand(1, 3, *[3 * one.patch_size] * 2, generator=torch.Generator().manual_seed(0))
-            tensors = [(100 * one(image)).round().to(torch.int16)]
-        for tensor in tensors:
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def some_digits(example):
+    """Sixteen features of the first image, as text: they change when someone edits the code.
+
+    Three digits of each: the last digits differ from machine to machine.
+    """
+    numbers = example.float().flatten()
+    return [f"{x:.2e}" for x in numbers[::max(1, len(numbers) // 16)].tolist()]
 
 
-def empty_file(path, shape, dataset):
-    """A file of `shape` beside `path`, once there is room for it -> its name. No other run has this name, and it goes
-    when the file is complete: a killed build is not taken for a finished one."""
-    folder, temporary, gigabytes = path.parent, f"{path}.{uuid.uuid4().hex[:8]}.tmp", math.prod(shape) * 2 / 1e9
-    what = f"{shape[0]} {dataset.split} images x {shape[1]} x {shape[2]} patches x {shape[3]} numbers"
+def empty_file(path, shape, dtype, flag):
+    """Make a file of this shape beside `path` -> its name, which no other run has."""
+    gigabytes = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+    row = " x ".join(map(str, shape[1:]))
+    what = f"features of {shape[0]} images ({row} numbers each)"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free / 1e9
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free / 1e9
         if free < gigabytes:
-            raise UserError(f"--cache-teacher {folder}: {what} take {gigabytes:.3g} GB and {free:.3g} GB are "
-                                   f"free: name a folder on another disk, or remove *.tmp that killed runs left there")
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+            raise UserError(f"{flag} {path.parent}: {what} take {gigabytes:.3g} GB and {free:.3g} "
+                            f"GB are free: name a folder on another disk, or remove the *.tmp "
+                            f"that killed runs left there")
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
     except OSError as error:
-        raise UserError(f"--cache-teacher {folder}: cannot write there ({error}): name another one") from error
-    crops = "; training images are shown whole: flipped, without random crops" if shape[1] == 2 else ""
-    print(f"caching the teacher's features in {path}: {what}, {gigabytes:.3g} GB{crops}", flush=True)
+        raise cannot_write(flag, path.parent, error) from error
+    print(f"computing {what} once: {gigabytes:.3g} GB in {path}", flush=True)
     return temporary
 
 
-def write_features(temporary, teacher, dataset, process, batch_size, workers, amp):
-    """The contiguous share of this process, every image and, where asked for, its mirror image."""
-    features = np.load(temporary, mmap_mode="r+")                                                    # (n, 1 or 2, N, C)
+def cannot_write(flag, folder, error):
+    return UserError(f"{flag} {folder}: cannot write there ({error}): name another folder")
+
+
+def write_rows(path, encode, dataset, process, batch_size, workers):
+    """Compute and write the contiguous share of this process."""
+    table = np.load(path, mmap_mode="r")
+    row_bytes = table.nbytes // len(table)
     batches = data.eval_batches(len(dataset), batch_size, process.rank, process.world_size)
     loader = data.make_loader(dataset, batches, workers, process.device)
-    hide_bar = process.rank > 0 or not sys.stderr.isatty()
-    for indices, (images, _) in zip(tqdm(batches, "teacher", disable=hide_bar), loader):
-        images = data.to_float(images, process.device)                                             # (B, 3, S, S)
-        for mirrored in range(features.shape[1]):
-            with torch.autocast(process.device.type, torch.bfloat16, enabled=amp == "bf16"):
-                t = teacher(images.flip(-1) if mirrored else images).half()                          # (B, N, C)
-            if not t.isfinite().all():
-                raise UserError(f"--teacher {teacher.name} gives numbers that float16 cannot hold (NaN, or "
-                                       f"beyond 65504): check its weights, or leave out --cache-teacher")
-            features[indices[0]:indices[-1] + 1, mirrored] = t.cpu().numpy()
-    features.flush()
+    hide_bar = not process.is_main or not sys.stderr.isatty()
+    # Written, not mapped: if the disk fills up after all, that is an error and no dead process.
+    with open(path, "r+b") as file:
+        if batches:
+            file.seek(table.offset + batches[0][0] * row_bytes)
+        for images, _ in tqdm(loader, "features", disable=hide_bar):
+            features = encode(data.to_float(images, process.device))
+            features = features.to(getattr(torch, table.dtype.name))
+            if not features.isfinite().all():
+                raise UserError(f"some features are NaN, or beyond what {table.dtype} can hold: "
+                                f"check the weights of the network")
+            file.write(features.cpu().numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- a teacher's features beside the images -------------------------------------------------------
+def cache_features(teacher, dataset, folder, process, *, flip, batch_size=64, workers=0):
+    """-> WithFeatures: the images of a data set beside their teacher's features, from a file.
+
+    dataset  shows images whole (transforms.EvalTransform): crops cannot be known beforehand
+    flip     for training: the mirror images' features are stored, too, and each epoch draws one
+    Loading may move the global generators of random numbers: seed them afterwards.
+    """
+    if not isinstance(dataset.transform, transforms.EvalTransform):
+        raise ValueError(f"only whole images (EvalTransform) can be cached: {dataset.transform}")
+
+    def encode(images):
+        # A teacher is not mirror-symmetric: the mirror image has to be computed, too.
+        views = [images, images.flip(-1)] if flip else [images]
+        with process.autocast():
+            return torch.stack([teacher(view) for view in views], dim=1)     # (B, 1 or 2, N, C)
+
+    if flip:
+        process.print("training images are shown whole, half of them mirrored; no random crops")
+    networks = []
+    for one in getattr(teacher, "teachers", [teacher]):
+        networks += [part for part in vars(one).values() if isinstance(part, torch.nn.Module)]
+    file = store_features(
+        folder, "--cache-teacher", "+".join(teacher.names), encode, dataset, process,
+        networks=networks, about=(teacher.name, teacher.grid, teacher.dims, flip),
+        batch_size=batch_size, workers=workers)
+    return WithFeatures(dataset, file)
 
 
 class WithFeatures(Dataset):
-    """Images and what the teacher says of them: ds[(epoch, index)] -> ((image (3, S, S) uint8, t (N, C) float16),
-    label). Whether an image comes mirrored follows from (seed, epoch, index), as every draw in data.py does."""
+    """ds[(epoch, index)] -> ((image (3, S, S) uint8, t (N, C) float16), label)
 
-    held = None
+    Whether an image comes mirrored follows from (seed, epoch, index), as all random draws do.
+    """
 
-    def __init__(self, dataset, path, shape):
-        self.dataset, self.path, self.shape = dataset, path, shape
+    def __init__(self, dataset, file):
+        self.dataset, self.file = dataset, file
         self.seed, self.labels, self.classes = dataset.seed, dataset.labels, dataset.classes
-
-    def __getstate__(self):
-        return {**self.__dict__, "held": None}               # a worker under spawn maps the file itself
-
-    @property
-    def features(self):
-        if self.held is None:
-            try:
-                self.held = np.load(self.path, mmap_mode="r")
-                if (self.held.shape, self.held.dtype) != (self.shape, np.float16):
-                    raise ValueError(f"it holds {self.held.dtype} {self.held.shape} instead of float16 {self.shape}")
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"the feature cache {self.path} is damaged ({' '.join(str(error).split())}): "
-                                       f"delete it, and the next run computes it anew") from error
-        return self.held
 
     def __len__(self):
         return len(self.dataset)
@@ -157,6 +228,6 @@ class WithFeatures(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, int(key))
         image, label = self.dataset[(epoch, index)]
         seed_all(self.seed, epoch, index)
-        mirrored = int(self.shape[1] == 2 and torch.rand(()) < 0.5)
-        t = torch.from_numpy(np.array(self.features[index, mirrored]))       # a copy: the map cannot be written to
+        mirrored = self.file.shape[1] == 2 and bool(torch.rand(()) < 0.5)
+        t = self.file[index, int(mirrored)]                  # (N, C)
         return (image.flip(-1) if mirrored else image, t), label
