@@ -16,7 +16,6 @@ Read in this order: readout, summarise, LinearHeads, Probe, train_heads, accurac
 # Shapes:  n images, B images of a batch, T = 1 + N tokens with [CLS] first, D width,
 #          L layers (blocks, then the final norm), F = 2D features per layer ([CLS] | patch mean),
 #          F' features of one read-out, S settings, H = read-outs x norms, C classes
-import copy
 import dataclasses
 import json
 import shutil
@@ -26,12 +25,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 
 from model import PRESETS, ViT, imagenet_normalize, initialise, rescale_residual_branches
 from support import data, transforms, weights
 from support.args import fill_in, number, run_parser, whole
-from support.features import store_features
+from support.features import WithCrops, store_features
 from support.files import Log, UserError, describe_run, read_file, rounded, write_file
 from support.optim import adamw, cosine_schedule, set_lr
 from support.process import join_processes, launch, seed_all
@@ -132,6 +130,7 @@ class LinearHeads(nn.Module):
         logits = torch.baddbmm(bias, weight, x[:, self.columns])         # (L, S C, B)
         return logits.unflatten(1, (len(self.weight), -1))
 
+    @torch.no_grad()
     def head(self, layer, s, mean):
         """-> weight (C, F'), bias (C,) of one head for raw features, scale and mean folded in."""
         weight = self.weight[s][layer] * self.scale[layer]
@@ -306,97 +305,7 @@ def load_source(name, args, device):
     return Source(name, model, model.image_size[0], layers, settings, paper=paper)
 
 
-class Views(Dataset):
-    """Every image of a data set 1 + augment times: as it is, then as random crops and flips."""
-
-    def __init__(self, dataset, augment):
-        self.dataset, self.times = dataset, 1 + augment
-        self.crops = copy.copy(dataset)      # the same images through another transform
-        self.crops.transform = transforms.VQKDTransform(dataset.transform.size)
-
-    def __len__(self):
-        return self.times * len(self.dataset)
-
-    def __getitem__(self, row):
-        index, view = divmod(row, self.times)
-        return self.crops[(view - 1, index)] if view else self.dataset[(0, index)]
-
-
-def store(source, dataset, augment, args, process):
-    """-> the features of a data set, in a file: (n times 1 + augment, L, F)."""
-    def encode(images):
-        with process.autocast():
-            return source.encode(images)
-
-    networks = [source.model] if source.model else []
-    crops = (augment, args.seed) if augment else ()
-    # float16 halves the file: base on ImageNet is 1.28 M x 13 x 1536 numbers, 51 GB.
-    return store_features(
-        feature_folder(args), "--cache", source.name, encode, Views(dataset, augment), process,
-        networks=networks, about=(source.layers, crops), batch_size=args.micro_batch,
-        dtype="float32" if args.model == "tiny" else "float16", workers=args.workers)
-
-
-def feature_folder(args):
-    return args.cache or args.out / "linprobe.features"
-
-
-# --- one source -----------------------------------------------------------------------------------
-def run_probe(source, args, process, log):
-    """Everything for one source.  -> its summary, its best head (rank 0; None, None elsewhere)"""
-    begin = time.time()
-    train_set, val_set = open_images(source, args, process)
-    n = len(train_set)
-
-    # 1. Features of all images, once. `views` rows of the file belong to one training image.
-    views = 1 + args.augment
-    features = store(source, train_set, args.augment, args, process)
-    val_features = store(source, val_set, 0, args, process)
-    if not process.is_main:                  # the heads are small: rank 0 trains them alone
-        return None, None
-    print(f"{source.name}: {features.shape[1]} x {features.shape[2]} features of {n} images "
-          f"in {time.time() - begin:.1f} s", flush=True)
-
-    # 2. All heads at once, on nine tenths of the training images.
-    fit, held = hold_out(n, args.seed)
-    fit = torch.cat([fit * views + view for view in range(views)])       # rows of the file
-    held = held * views
-    labels = train_set.labels.repeat_interleave(views)
-    mean, variance = mean_and_variance(features, fit)
-    probe = Probe(mean, variance, source.readouts, source.settings, len(train_set.classes))
-    probe = probe.to(process.device)
-    steps = args.steps or args.epochs * max(1, len(fit) // args.batch_size)
-    train_heads(probe, features, labels, fit, steps, args.batch_size, args.seed)
-
-    # 3. Choose on the held-out tenth: the setting of every head, and the best head of all.
-    table = choose(score_heads(probe, features, labels, held)[0], source)
-    best = max(table, key=lambda row: row["held_out"])
-    paper = max((row for row in table if row["paper"]), key=lambda row: row["held_out"])
-
-    # 4. Only now look at the validation labels: once, for all heads.
-    top1, top5 = score_heads(probe, val_features, val_set.labels, torch.arange(len(val_set)))
-    for row in table:
-        row |= dict(top1=top1[row["at"]].item(), top5=top5[row["at"]].item())
-        log(source=source.name, **without(row, "at"))
-    bank = features, slice(0, None, views), train_set.labels
-    queries = val_features, slice(None), val_set.labels
-    neighbours = {}
-    for name, row in (("knn", paper), ("knn_best", best)):
-        neighbours |= score_knn(name, row, probe, bank, queries)
-    print(format_table(source.name, table, best, paper, neighbours), flush=True)
-    summary = dict(
-        source=source.name, **without(best, "at", "paper"), paper_top1=paper["top1"],
-        paper_top5=paper["top5"], paper_reading=f"{paper['block']} {paper['readout']}",
-        knn=neighbours["knn20"], **neighbours, images=n, steps=steps,
-        seconds=time.time() - begin)
-    layer, s, h = best["at"]
-    return summary, probe.groups[h].head(layer, s, probe.mean)
-
-
-def without(row, *names):
-    return {name: value for name, value in row.items() if name not in names}
-
-
+# --- data -----------------------------------------------------------------------------------------
 def open_images(source, args, process):
     """-> training and validation images, whole, with labels."""
     plain = transforms.EvalTransform(source.image_size)
@@ -409,45 +318,108 @@ def open_images(source, args, process):
     return train_set, val_set
 
 
-def score_knn(name, row, probe, bank, queries):
-    """Top-1 of k-NN on the read-out of one row of the table.  bank, queries: features, rows, labels
+def store(source, dataset, augment, args, process):
+    """-> features (n (1 + augment), L, F), which stay in a file until they are used, and labels."""
+    def encode(images):
+        with process.autocast():
+            return source.encode(images)
 
-    The bank is all training images, held-out ones too, without their crops.
-    """
+    # float16 halves the file: base on ImageNet is 1.28 M x 13 x 1536 numbers, 51 GB.
+    features = store_features(
+        feature_folder(args), "--cache", source.name, encode, WithCrops(dataset, augment), process,
+        networks=[source.model] if source.model else [], about=source.layers,
+        dtype="float32" if args.model == "tiny" else "float16",
+        batch_size=args.micro_batch, workers=args.workers)
+    return features, dataset.labels.repeat_interleave(1 + augment)
+
+
+def feature_folder(args):
+    return args.cache or args.out / "linprobe.features"
+
+
+# --- one source -----------------------------------------------------------------------------------
+def run_probe(source, args, process, log):
+    """Everything for one source.  -> its summary, its best head (rank 0; None, None elsewhere)"""
+    begin = time.time()
+    train_set, val_set = open_images(source, args, process)
+
+    # 1. Features of all images, once. `views` rows of the file belong to one training image.
+    views = 1 + args.augment
+    train = store(source, train_set, args.augment, args, process)        # features, labels
+    val = store(source, val_set, 0, args, process)
+    if not process.is_main:                  # the heads are small: rank 0 trains them alone
+        return None, None
+    print(f"{source.name}: features of {len(train_set)} images in {time.time() - begin:.1f} s")
+
+    # 2. All heads at once, on nine tenths of the training images.
+    fit, held = hold_out(len(train_set), args.seed)
+    fit = torch.cat([fit * views + view for view in range(views)])       # rows of the file
+    mean, variance = mean_and_variance(train[0], fit)
+    probe = Probe(mean, variance, source.readouts, source.settings, len(train_set.classes))
+    probe = probe.to(process.device)
+    steps = args.steps or args.epochs * max(1, len(fit) // args.batch_size)
+    train_heads(probe, *train, fit, steps, args.batch_size, args.seed)
+
+    # 3. Choose on the held-out tenth: the setting of every head, and the best head of all.
+    table = choose(score_heads(probe, *train, held * views)[0], source)
+    best = max(table, key=lambda row: row["held_out"])
+    paper = max((row for row in table if row["paper"]), key=lambda row: row["held_out"])
+
+    # 4. Only now look at the validation labels: once, for all heads.
+    top1, top5 = score_heads(probe, *val, torch.arange(len(val_set)))
+    for row in table:
+        row |= dict(top1=top1[row["at"]].item(), top5=top5[row["at"]].item())
+        log(source=source.name, **without(row, "at"))
+
+    # 5. The nearest of all training images, held-out ones too, without their crops.
+    images = torch.arange(len(train_set)) * views
+    neighbours = score_knn("knn", paper, probe, train, images, val)
+    neighbours |= score_knn("knn_best", best, probe, train, images, val)
+    print(format_table(source.name, table, best, paper, neighbours), flush=True)
+    summary = dict(
+        source=source.name, **without(best, "at", "paper"), paper_top1=paper["top1"],
+        paper_top5=paper["top5"], paper_reading=f"{paper['block']} {paper['readout']}",
+        knn=neighbours["knn20"], **neighbours, images=len(train_set), steps=steps,
+        seconds=time.time() - begin)
+    layer, s, h = best["at"]
+    return summary, probe.groups[h].head(layer, s, probe.mean)
+
+
+def score_knn(name, row, probe, train, rows, val):
+    """Top-1 of k-NN, k = 10 and 20, on the layer and read-out of one row of the table."""
     layer, _, h = row["at"]
     group = probe.groups[h]
     device = probe.mean.device
-    tensors = []
-    for features, rows, labels in (bank, queries):
-        tensors += [features[rows, layer, group.columns].to(device), labels.to(device)]
-    known, known_labels, asked, asked_labels = tensors
-    classes = group.bias[0].shape[1]
+    bank, queries = (x[:, layer, group.columns].to(device) for x, _ in (train, val))
+    labels = train[1][rows].to(device)
     scores = {}
     for k in (10, 20):
-        votes = knn(known, known_labels, asked, k, classes)
-        scores[f"{name}{k}"] = accuracy(votes, asked_labels).item()
+        votes = knn(bank[rows], labels, queries, k, group.bias[0].shape[1])
+        scores[f"{name}{k}"] = accuracy(votes, val[1].to(device)).item()
     return scores
+
+
+def without(row, *names):
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def format_table(name, table, best, paper, neighbours):
     """A line per layer, a column per read-out and norm: validation top-1."""
-    first = [row for row in table if row["block"] == table[0]["block"]]
-    titles = [f"{row['readout']}/{row['norm']}" for row in first]
+    titles = dict.fromkeys(f"{row['readout']}/{row['norm']}" for row in table)
     lines = [f"{name:10}" + "".join(f"{title:>18}" for title in titles)]
-    for start in range(0, len(table), len(first)):
-        cells = []
-        for row in table[start:start + len(first)]:
-            marks = "*" if row is best else " "
-            marks += "p" if row is paper else " "
-            cells.append(f"{row['top1']:.1f}{marks}")
-        lines.append(f"{table[start]['block']:>10}" + "".join(f"{cell:>18}" for cell in cells))
-    lines += [
+    for row in table:
+        if row["at"][2] == 0:
+            lines.append(f"{row['block']:>10}")
+        marks = "*" * (row is best) + "p" * (row is paper)
+        lines[-1] += f"{row['top1']:>16.1f}{marks:2}"
+    knn10, knn20, best10, best20 = neighbours.values()
+    return "\n".join([
+        *lines,
         f"  * chosen on held-out training images: top-1 {best['top1']:.2f}, "
         f"top-5 {best['top5']:.2f} (rate {best['rate']:g}, weight decay {best['weight_decay']:g})",
         f"  p the paper's reading: {paper['top1']:.2f}",
-        "  k-NN (k = 10, 20) on the features of p: {knn10:.2f}, {knn20:.2f}; "
-        "of *: {knn_best10:.2f}, {knn_best20:.2f}".format(**neighbours)]
-    return "\n".join(lines)
+        f"  k-NN (k = 10, 20) on the features of p: {knn10:.2f}, {knn20:.2f}; "
+        f"of *: {best10:.2f}, {best20:.2f}"])
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -505,22 +477,16 @@ def main(argv=None):
         log(summary=1, **summary)
         print(json.dumps(rounded(dict(summary=1, **summary))))
     if len(summaries) > 1:
-        print(compare(summaries))
+        print(f"{'source':>10} {'top-1':>7} {'paper':>7} {'k-NN':>7}   chosen")
+        for r in summaries:
+            print(f"{r['source']:>10} {r['top1']:7.2f} {r['paper_top1']:7.2f} {r['knn']:7.2f}   "
+                  f"block {r['block']}, {r['readout']}, {r['norm']}")
     first, (weight, bias) = results[0]
     facts = {name: first[name] for name in ("block", "readout", "norm", "rate")}
     model = dict(weight=weight.cpu(), bias=bias.cpu())                   # (C, F'), (C,)
     write_file(done, describe_run(stage, args) | facts | dict(
         model=model, result=first, sources=summaries))
     return first
-
-
-def compare(summaries):
-    """A line per source."""
-    lines = [f"{'source':>10} {'top-1':>7} {'paper':>7} {'k-NN':>7}   chosen"]
-    for r in summaries:
-        lines.append(f"{r['source']:>10} {r['top1']:7.2f} {r['paper_top1']:7.2f} {r['knn']:7.2f}   "
-                     f"block {r['block']}, {r['readout']}, {r['norm']}")
-    return "\n".join(lines)
 
 
 def describe(args):

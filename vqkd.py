@@ -387,7 +387,7 @@ def open_teacher_and_images(args, run):
     side = args.image_size // args.patch_size
     teacher = teachers.build_teacher(args.teacher, (side, side), args.patch_size, run.device)
     if args.cache_teacher:                   # features are computed once, and read from then on
-        how = dict(batch_size=args.micro_batch, workers=args.workers, amp=args.amp)
+        how = dict(batch_size=args.micro_batch, workers=args.workers)
         folder = args.cache_teacher
         train_set = cache_features(teacher, train_set, folder, run, flip=True, **how)
         val_set = cache_features(teacher, val_set, folder, run, flip=False, **how)

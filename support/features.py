@@ -8,6 +8,7 @@ images, sizes, precision. So other weights or other images never meet an old fil
 under another name and renamed when it is complete, so a killed run leaves nothing half-read.
 """
 # Shapes:  n images, B images of a batch, N patches, C teacher width, S image side
+import copy
 import hashlib
 import math
 import os
@@ -91,12 +92,10 @@ def store_features(folder, flag, name, encode, dataset, process, *, networks=(),
     path, temporary, shape, dtype = facts
     if temporary:
         write_rows(temporary, encode, dataset, process, batch_size, workers)
-        if process.world_size > 1:
-            dist.barrier()                   # all have written ...
+        process.wait()                       # all have written ...
         if process.is_main:
             os.replace(temporary, path)
-        if process.world_size > 1:
-            dist.barrier()                   # ... and all will find the file
+        process.wait()                       # ... and all will find the file
     file = FeatureFile(path, shape, dtype)
     file.table()                             # raises here, not in a worker, if the file is damaged
     return file
@@ -107,7 +106,8 @@ def file_name(name, dataset, networks, key):
     images = getattr(dataset, "dataset", dataset)            # the data set behind a wrapper
     fields = "name split limit max_rotation".split()
     facts = [getattr(images, field, None) for field in fields]
-    facts += [len(images), sorted(vars(images.transform).items()), key]
+    facts += [getattr(dataset, field, None) for field in ("times", "crop_seed")]
+    facts += [sorted(vars(images.transform).items()), key]
     digest = hashlib.sha256(repr(facts).encode())
     for network in networks:
         for tensor in network.state_dict().values():
@@ -136,8 +136,7 @@ def some_digits(example):
 def empty_file(path, shape, dtype, flag):
     """Make a file of this shape beside `path` -> its name, which no other run has."""
     gigabytes = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
-    row = " x ".join(map(str, shape[1:]))
-    what = f"features of {shape[0]} images ({row} numbers each)"
+    what = f"{' x '.join(map(str, shape))} numbers"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free / 1e9
@@ -148,13 +147,10 @@ def empty_file(path, shape, dtype, flag):
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
     except OSError as error:
-        raise cannot_write(flag, path.parent, error) from error
-    print(f"computing {what} once: {gigabytes:.3g} GB in {path}", flush=True)
+        raise UserError(f"{flag} {path.parent}: cannot write there ({error}): "
+                        f"name another folder") from error
+    print(f"computing features once: {what}, {gigabytes:.3g} GB, in {path}", flush=True)
     return temporary
-
-
-def cannot_write(flag, folder, error):
-    return UserError(f"{flag} {folder}: cannot write there ({error}): name another folder")
 
 
 def write_rows(path, encode, dataset, process, batch_size, workers):
@@ -164,22 +160,43 @@ def write_rows(path, encode, dataset, process, batch_size, workers):
     batches = data.eval_batches(len(dataset), batch_size, process.rank, process.world_size)
     loader = data.make_loader(dataset, batches, workers, process.device)
     hide_bar = not process.is_main or not sys.stderr.isatty()
-    # Written, not mapped: if the disk fills up after all, that is an error and no dead process.
-    with open(path, "r+b") as file:
-        if batches:
-            file.seek(table.offset + batches[0][0] * row_bytes)
-        for images, _ in tqdm(loader, "features", disable=hide_bar):
-            features = encode(data.to_float(images, process.device))
-            features = features.to(getattr(torch, table.dtype.name))
-            if not features.isfinite().all():
-                raise UserError(f"some features are NaN, or beyond what {table.dtype} can hold: "
-                                f"check the weights of the network")
-            file.write(features.cpu().numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        # Written, not mapped: a disk that fills up would kill a process that writes to a map.
+        with open(path, "r+b") as file:
+            if batches:
+                file.seek(table.offset + batches[0][0] * row_bytes)
+            for images, _ in tqdm(loader, "features", disable=hide_bar):
+                features = encode(data.to_float(images, process.device))
+                features = features.to(getattr(torch, table.dtype.name))
+                if not features.isfinite().all():
+                    raise UserError(f"some features are NaN, or beyond what {table.dtype} can "
+                                    f"hold: check the weights of the network")
+                file.write(features.cpu().numpy().tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}): remove it, then free some space or name "
+                        f"another folder") from error
 
 
-# --- a teacher's features beside the images -------------------------------------------------------
+# --- data sets around it --------------------------------------------------------------------------
+class WithCrops(Dataset):
+    """Every image of a data set 1 + augment times: whole, then random crops and flips of it."""
+
+    def __init__(self, dataset, augment):
+        self.dataset, self.times = dataset, 1 + augment
+        self.crop_seed = dataset.seed if augment else None
+        self.crops = copy.copy(dataset)      # the same images through another transform
+        self.crops.transform = transforms.VQKDTransform(dataset.transform.size)
+
+    def __len__(self):
+        return self.times * len(self.dataset)
+
+    def __getitem__(self, row):
+        index, view = divmod(row, self.times)
+        return self.crops[(view - 1, index)] if view else self.dataset[(0, index)]
+
+
 def cache_features(teacher, dataset, folder, process, *, flip, batch_size=64, workers=0):
     """-> WithFeatures: the images of a data set beside their teacher's features, from a file.
 

@@ -36,7 +36,7 @@ from support.process import Process, StopSignal, join_processes, seed_all
 
 # Arguments that may change between a run and its continuation. They do not say what is computed.
 SAME_RUN = ("fresh dry_run workers log_every save_every device compile download data_dir out "
-            "amp_auto").split()
+            "cache amp_auto").split()
 
 
 class Run(Process):
