@@ -30,7 +30,7 @@ from model import PRESETS, ViT, imagenet_normalize, initialise, rescale_residual
 from support import data, transforms, weights
 from support.args import fill_in, number, run_parser, whole
 from support.features import WithCrops, store_features
-from support.files import Log, UserError, describe_run, read_file, rounded, write_file
+from support.files import Log, UserError, describe_run, rounded, write_file
 from support.optim import adamw, cosine_schedule, set_lr
 from support.process import join_processes, launch, seed_all
 from support.run import dry_run, find_resume_file
@@ -292,9 +292,9 @@ def load_source(name, args, device):
         if name == "tokenizer":
             path = args.out / "vqkd.pt"
         command = f"python {stage}.py --model {args.model} --out {args.out}"
-        file = read_file(path, remedy=f"make it with {command}")
+        checkpoint = weights.read(path, remedy=f"make it with {command}")
         # The tokenizer's pixel range is folded into its first layer, so all take the same input.
-        model, _, report = weights.load_backbone(file, pool=None, image_size=args.image_size)
+        model, _, report = weights.load_backbone(checkpoint, pool=None, image_size=args.image_size)
         # The paper reads [CLS] if patch aggregation trained it; otherwise we read the patch mean.
         aggregated = any(key.startswith("cls_pt_layers.") for key in report.unexpected)
         paper = "cls" if aggregated else "mean"

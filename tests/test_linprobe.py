@@ -3,23 +3,52 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
-from support import data, engine
 import linprobe
 from conftest import ROOT, log_lines, stage
-from linprobe import accuracy, gains, head_logits, hold_out, knn, readout, score_heads, summarise, train_heads
+from linprobe import (
+    READOUTS, Probe, accuracy, columns, hold_out, knn, mean_and_variance, readout, score_heads,
+    summarise, train_heads)
 from model import ViT, imagenet_normalize
+from support import data
+from support.files import read_file, write_file
+from support.optim import cosine_schedule
+from support.process import launch
 
-SHORT = "--source random --limit 200 --steps 20 --batch-size 64 --workers 0 --device cpu --amp no".split()
+SHORT = ("--source random --limit 200 --steps 20 --batch-size 64 --workers 0 --device cpu "
+         "--amp no").split()
 SETTINGS = [(1e-2, 0.0), (5e-2, 1e-4)]
 
 
 def clusters(n=400, layers=2, width=6, classes=5, seed=0):
     """Features (n, layers, 2 * width) around one centre per class, far apart; labels (n,)."""
     g = torch.Generator().manual_seed(seed)
-    centres = 4 * torch.randn(classes, layers, 2 * width, generator=torch.Generator().manual_seed(99))
+    everywhere = torch.Generator().manual_seed(99)           # the same centres for every seed
+    centres = 4 * torch.randn(classes, layers, 2 * width, generator=everywhere)
     labels = torch.randint(classes, (n,), generator=g)
     return centres[labels] + 0.3 * torch.randn(n, layers, 2 * width, generator=g), labels
+
+
+def all_of(features):
+    return torch.arange(len(features))
+
+
+def new_probe(features, classes, readouts=READOUTS, settings=SETTINGS):
+    mean, variance = mean_and_variance(features, all_of(features))
+    return Probe(mean, variance, readouts, settings, classes)
+
+
+def trained(features, labels, classes, steps, batch_size, seed=0, **options):
+    probe = new_probe(features, classes, **options)
+    train_heads(probe, features, labels, all_of(features), steps, batch_size, seed)
+    return probe
+
+
+def logits_of(probe, features):
+    """-> (B, L, S, H, C)"""
+    with torch.no_grad():
+        return torch.stack([x.permute(3, 0, 1, 2) for x in probe(features)], dim=-2)
 
 
 def tiny_vit(**options):
@@ -27,12 +56,16 @@ def tiny_vit(**options):
     return ViT(16, 8, 32, 3, 2, positions="shared", pool=None, **options).eval()
 
 
-# ------------------------------------------------------------------------------------------------------- read-outs
+# --- read-outs ------------------------------------------------------------------------------------
 def test_readouts_take_the_tokens_they_name():
     tokens = torch.randn(2, 5, 3)
+    mean = (tokens[:, 1] + tokens[:, 2] + tokens[:, 3] + tokens[:, 4]) / 4
     torch.testing.assert_close(readout(tokens, "cls"), tokens[:, 0])
-    torch.testing.assert_close(readout(tokens, "mean"), (tokens[:, 1] + tokens[:, 2] + tokens[:, 3] + tokens[:, 4]) / 4)
-    torch.testing.assert_close(readout(tokens, "both"), torch.cat([readout(tokens, "cls"), readout(tokens, "mean")], 1))
+    torch.testing.assert_close(readout(tokens, "mean"), mean)
+    both = readout(tokens, "both")
+    torch.testing.assert_close(both, torch.cat([tokens[:, 0], mean], 1))
+    for kind in READOUTS:                                    # a head finds them again in "both"
+        torch.testing.assert_close(both[:, columns(kind, 6)], readout(tokens, kind))
 
 
 def test_summary_holds_every_raw_block_and_last_the_final_norm():
@@ -48,162 +81,233 @@ def test_summary_holds_every_raw_block_and_last_the_final_norm():
 
 def test_each_head_sees_its_read_out_and_no_other_channel():
     features, labels = clusters()
-    mean, gain = gains(features, linprobe.READOUTS)
-    weight, _ = train_heads(features, labels, mean, gain, 5, SETTINGS, steps=5, batch_size=64)
-    cls, patches = (w.abs().amax(dim=(0, 1, 3, 4)) for w in (weight[..., :6], weight[..., 6:]))      # per head
-    assert cls[:2].min() > 0 and patches[:2].max() == 0      # heads 0, 1: [CLS], without and with norm
-    assert cls[2:4].max() == 0 and patches[2:4].min() > 0    # heads 2, 3: patch mean
-    assert cls[4:].min() > 0 and patches[4:].min() > 0       # heads 4, 5: both
+    probe = trained(features, labels, 5, steps=5, batch_size=64)
+    plain = logits_of(probe, features)
+    moved = {"cls": features.clone(), "mean": features.clone()}
+    moved["cls"][..., :6] += 1
+    moved["mean"][..., 6:] += 1
+    sees = {half: (logits_of(probe, x) - plain).abs().amin(dim=(0, 1, 2)).amax(-1)   # per head
+            for half, x in moved.items()}
+    assert sees["cls"][:2].min() > 0 and sees["mean"][:2].max() == 0     # 0, 1: [CLS], two norms
+    assert sees["cls"][2:4].max() == 0 and sees["mean"][2:4].min() > 0   # 2, 3: patch mean
+    assert sees["cls"][4:].min() > 0 and sees["mean"][4:].min() > 0      # 4, 5: both
+    for head, width in enumerate((6, 6, 6, 6, 12, 12)):
+        weights = torch.stack(list(probe.groups[head].weight))
+        assert weights.shape == (2, 2, 5, width)                         # (S, L, C, F')
+        assert weights.abs().amax(dim=(0, 1, 2)).min() > 0               # every channel is used
 
 
 def test_probing_leaves_the_network_as_it_was():
-    source = linprobe.load_source("random", linprobe.parse_args(["--source", "random"]), torch.device("cpu"))
+    args = linprobe.parse_args(["--source", "random"])
+    source = linprobe.load_source("random", args, torch.device("cpu"))
     before = {k: v.clone() for k, v in source.model.state_dict().items()}
     features = source.encode(torch.rand(12, 3, 48, 48))
     assert not features.requires_grad and not source.model.training
     assert not any(p.requires_grad for p in source.model.parameters())
-    mean, gain = gains(features, source.readouts)
-    train_heads(features, torch.arange(12) % 3, mean, gain, 3, SETTINGS, steps=2, batch_size=12)
+    trained(features, torch.arange(12) % 3, 3, steps=2, batch_size=12)
     assert all(torch.equal(before[k], v) for k, v in source.model.state_dict().items())
     assert all(p.grad is None for p in source.model.parameters())
 
 
 def test_features_do_not_depend_on_the_batch_an_image_sits_in():
     model, x = tiny_vit(drop_path=0.5), torch.randn(6, 3, 16, 16)
-    torch.testing.assert_close(summarise(model, x)[4:5], summarise(model, x[4:5]), rtol=1e-4, atol=1e-6)
+    alone = summarise(model, x[4:5])
+    torch.testing.assert_close(summarise(model, x)[4:5], alone, rtol=1e-4, atol=1e-6)
 
 
 def test_backbone_and_tokenizer_get_the_pixels_they_were_trained_on(tmp_path):
     args = linprobe.parse_args(["--source", "random", "--out", str(tmp_path)])
     images = torch.rand(2, 3, 48, 48)
     random = linprobe.load_source("random", args, torch.device("cpu"))
-    torch.testing.assert_close(random.encode(images), summarise(random.model, imagenet_normalize(images)))
-    arch = dict(image_size=48, patch_size=8, width=32, depth=2, heads=2, positions="absolute", layer_scale=0,
-                pool="mean")
+    expected = summarise(random.model, imagenet_normalize(images))
+    torch.testing.assert_close(random.encode(images), expected)
+    arch = dict(image_size=48, patch_size=8, width=32, depth=2, heads=2, positions="absolute",
+                layer_scale=0, pool="mean")
     encoder = ViT(**arch)
-    engine.write_file(tmp_path / "vqkd.pt", dict(kind="vqkd", arch=arch, model={
-        f"encoder.{k}": v for k, v in encoder.state_dict().items()} | {"quantize.embedding.weight": torch.zeros(4, 2)}))
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    state["quantize.embedding.weight"] = torch.zeros(4, 2)
+    write_file(tmp_path / "vqkd.pt", dict(kind="vqkd", arch=arch, model=state))
     tokenizer = linprobe.load_source("tokenizer", args, torch.device("cpu"))
-    torch.testing.assert_close(tokenizer.encode(images), summarise(encoder.eval(), images * 2 - 1))
+    expected = summarise(encoder.eval(), images * 2 - 1)
+    torch.testing.assert_close(tokenizer.encode(images), expected)
     assert tokenizer.paper == "mean" and random.paper == "cls"
 
 
-# ----------------------------------------------------------------------------------------------------------- heads
+def test_a_checkpoint_is_probed_at_its_own_image_size_unless_another_is_asked_for(tmp_path):
+    arch = dict(image_size=32, patch_size=4, width=32, depth=1, heads=2, positions="shared",
+                layer_scale=0.1)
+    state = {**ViT(**arch, pool=None).state_dict(), "mask_token": torch.zeros(1, 1, 32)}
+    write_file(tmp_path / "pretrain.pt", dict(kind="pretrain", arch=arch, model=state))
+    for flags, size in (([], 32), (["--image-size", "48"], 48)):
+        args = linprobe.parse_args(["--out", str(tmp_path), *flags])
+        source = linprobe.load_source("pretrain", args, torch.device("cpu"))
+        assert source.image_size == size and source.layers == ["1", "norm"]
+        assert source.encode(torch.rand(1, 3, size, size)).shape == (1, 2, 64)
+
+
+# --- heads ----------------------------------------------------------------------------------------
 def test_separable_classes_are_told_apart_by_every_head():
     features, labels = clusters()
-    mean, gain = gains(features, linprobe.READOUTS)
-    heads = train_heads(features, labels, mean, gain, 5, SETTINGS, steps=300, batch_size=128)
-    top1, top5 = score_heads(*clusters(seed=1), *heads)
+    probe = trained(features, labels, 5, steps=300, batch_size=128)
+    others = clusters(seed=1)
+    top1, top5 = score_heads(probe, *others, all_of(others[0]))
     assert top1.shape == (2, len(SETTINGS), 6) and top1.min() > 99.99 and top5.min() > 99.99
 
 
 def test_labels_that_have_nothing_to_do_with_the_images_give_chance():
     features, _ = clusters(2000)
     labels = torch.randint(5, (2000,), generator=torch.Generator().manual_seed(3))
-    mean, gain = gains(features[:1000], linprobe.READOUTS)
-    heads = train_heads(features[:1000], labels[:1000], mean, gain, 5, SETTINGS, steps=50, batch_size=250)
-    top1, _ = score_heads(features[1000:], labels[1000:], *heads)
-    assert (top1 - 20).abs().max() < 6                       # four to five standard errors of 1000 guesses
+    probe = trained(features[:1000], labels[:1000], 5, steps=50, batch_size=250)
+    top1, _ = score_heads(probe, features, labels, torch.arange(1000, 2000))
+    assert (top1 - 20).abs().max() < 6               # 4 to 5 standard errors of 1000 guesses
 
 
 def test_heads_trained_together_equal_a_head_trained_alone():
     features, labels = clusters(classes=3)
-    mean, gain = gains(features, linprobe.READOUTS)
-    weight, bias = train_heads(features, labels, mean, gain, 3, SETTINGS, steps=20, batch_size=100, seed=5)
+    together = trained(features, labels, 3, steps=20, batch_size=100, seed=5)
+    ours = logits_of(together, features)
     for layer, s, h in ((0, 0, 1), (1, 1, 4)):
-        alone_w, alone_b = train_heads(features[:, layer:layer + 1], labels, mean[layer:layer + 1],
-                                       gain[layer:layer + 1, h:h + 1], 3, SETTINGS[s:s + 1], 20, 100, seed=5)
-        torch.testing.assert_close(alone_w[0, 0, 0], weight[layer, s, h], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone_b[0, 0, 0], bias[layer, s, h], rtol=1e-4, atol=1e-5)
+        alone = trained(features[:, layer:layer + 1], labels, 3, steps=20, batch_size=100, seed=5,
+                        readouts=[READOUTS[h // 2]], settings=SETTINGS[s:s + 1])
+        weight, bias = alone.groups[h % 2].head(0, 0, alone.mean)
+        expected, expected_bias = together.groups[h].head(layer, s, together.mean)
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bias, expected_bias, rtol=1e-4, atol=1e-5)
+        theirs = logits_of(alone, features[:, layer:layer + 1])[:, 0, 0, h % 2]
+        torch.testing.assert_close(theirs, ours[:, layer, s, h], rtol=1e-4, atol=1e-4)
 
 
 def test_a_head_equals_a_torch_linear_layer_behind_batch_norm_without_affine():
     features, labels = clusters(64, layers=1, classes=3)
-    mean, gain = gains(features, ["both"])
-    weight, bias = train_heads(features, labels, mean, gain, 3, [(1e-2, 1e-2)], steps=7, batch_size=64)
-    norm, linear = torch.nn.BatchNorm1d(12, eps=1e-12, affine=False), torch.nn.Linear(12, 3)
-    torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
+    probe = trained(features, labels, 3, steps=7, batch_size=64, readouts=["both"],
+                    settings=[(1e-2, 1e-2)])
+    norm = nn.BatchNorm1d(12, eps=1e-12, affine=False)
+    linear = nn.Linear(12, 3)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
     optimizer = torch.optim.AdamW([dict(params=[linear.weight], weight_decay=1e-2),
                                    dict(params=[linear.bias], weight_decay=0.0)], lr=1e-2)
     for step in range(7):                                    # the whole data set is one batch
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = engine.cosine_schedule(step, 1e-2, 0.0, 7)
-        torch.nn.functional.cross_entropy(linear(norm(features[:, 0])), labels).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_schedule(step, 1e-2, 0.0, 7)
+        nn.functional.cross_entropy(linear(norm(features[:, 0])), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    ours = head_logits(features, weight, bias)[:, 0, 0, 1]
+    ours = logits_of(probe, features)[:, 0, 0, 1]
     torch.testing.assert_close(ours, linear(norm(features[:, 0])), rtol=1e-3, atol=1e-4)
+
+
+def test_a_single_head_takes_raw_features_and_gives_the_logits_of_the_grid():
+    features, labels = clusters()
+    probe = trained(features + 3, labels, 5, steps=5, batch_size=64)
+    grid = logits_of(probe, features)
+    for layer, s, h in ((0, 0, 0), (1, 1, 3), (1, 0, 5)):
+        weight, bias = probe.groups[h].head(layer, s, probe.mean)
+        x = features[:, layer, columns(READOUTS[h // 2], 12)]
+        torch.testing.assert_close(x @ weight.T + bias, grid[:, layer, s, h], rtol=1e-4, atol=1e-4)
 
 
 def test_biases_are_not_decayed_and_weights_are():
     features, labels = clusters(64, layers=1, classes=3)
-    mean, gain = gains(features, ["both"])
-    features, decays = features * 0 + mean + 1e-3, [(1e-2, 0.0), (1e-2, 30.0)]          # weights matter little here
-    weight, bias = train_heads(features, labels * 0, mean, gain, 3, decays, steps=20, batch_size=64)
-    bias = bias + torch.einsum("lf,lshcf->lshc", mean, weight)                          # as AdamW sees it
-    torch.testing.assert_close(bias[:, 0], bias[:, 1], rtol=1e-2, atol=0)
-    assert (weight[:, 1].abs().amax() < 0.9 * weight[:, 0].abs().amax())
+    probe = new_probe(features, 3, readouts=["both"], settings=[(1e-2, 0.0), (1e-2, 30.0)])
+    constant = features * 0 + probe.mean + 1e-3              # weights matter little here
+    train_heads(probe, constant, labels * 0, all_of(features), steps=20, batch_size=64)
+    for group in probe.groups:
+        torch.testing.assert_close(group.bias[0], group.bias[1], rtol=1e-2, atol=0)
+        assert group.weight[1].abs().amax() < 0.9 * group.weight[0].abs().amax()
 
 
 def test_norm_statistics_come_from_the_images_given_and_scale_as_stated():
     features = clusters()[0] * torch.linspace(0.3, 10, 12) + 3
-    mean, gain = gains(features, linprobe.READOUTS, chunk=37)
-    x = (features - mean)[:, :, None] * gain                                 # (n, L, H, F)
-    torch.testing.assert_close(x.mean(0), torch.zeros_like(x[0]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(x[:, :, 5].var(0, unbiased=False), torch.ones(2, 12), rtol=1e-3, atol=0)  # batchnorm
-    assert len(gain[0, 4].unique()) == 1                                     # both, none: one number for all channels
-    torch.testing.assert_close(x[:, :, 0].var(0, unbiased=False)[:, :6].mean(1), torch.ones(2), rtol=1e-3, atol=0)
+    rows = torch.randperm(400)[:300]
+    mean, variance = mean_and_variance(features, rows, chunk=37)
+    given = features[rows].double()
+    torch.testing.assert_close(mean, given.mean(0))
+    torch.testing.assert_close(variance, given.var(0, unbiased=False))
+
+    probe = Probe(mean, variance, READOUTS, SETTINGS, 5)
+    x = given - probe.mean
+    none, batchnorm = x * probe.groups[4].scale[:, 0], x * probe.groups[5].scale[:, 0]
+    torch.testing.assert_close(none.mean(0), torch.zeros(2, 12).double(), atol=1e-4, rtol=0)
+    ones = torch.ones(2, 12).double()
+    torch.testing.assert_close(batchnorm.var(0, unbiased=False), ones, rtol=1e-3, atol=0)
+    assert len(probe.groups[4].scale[0].unique()) == 1       # none: one number for all channels
+    cls = x[..., :6] * probe.groups[0].scale[:, 0]
+    overall = cls.var(0, unbiased=False).mean(1)
+    torch.testing.assert_close(overall, ones[:, 0], rtol=1e-3, atol=0)
 
 
 def test_scores_do_not_depend_on_the_other_images():
     features, labels = clusters()
-    mean, gain = gains(features, linprobe.READOUTS)
-    heads = train_heads(features, labels, mean, gain, 5, SETTINGS, steps=3, batch_size=100)
-    torch.testing.assert_close(head_logits(features, *heads)[:7], head_logits(features[:7], *heads))
-    torch.testing.assert_close(score_heads(features, labels, *heads, chunk=33), score_heads(features, labels, *heads))
+    probe = trained(features, labels, 5, steps=3, batch_size=100)
+    some = logits_of(probe, features[:7])
+    torch.testing.assert_close(logits_of(probe, features)[:7], some)
+    scores = [score_heads(probe, features, labels, all_of(features), chunk) for chunk in (33, 512)]
+    torch.testing.assert_close(*scores)
 
 
 def test_accuracy_counts_in_percent_and_more_guesses_never_hurt():
     logits = torch.tensor([[3.0, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3], [0, 1, 2, 3]])
     labels = torch.tensor([0, 1, 3, 0])
-    assert [accuracy(logits, labels, k).item() for k in (1, 2, 3, 4, 5)] == [50, 75, 75, 100, 100]
+    found = [accuracy(logits, labels, k).item() for k in (1, 2, 3, 4, 5)]
+    assert found == [50, 75, 75, 100, 100]
     many = torch.randn(50, 2, 3, 20)
-    top1, top5 = accuracy(many, torch.arange(50) % 20, 1), accuracy(many, torch.arange(50) % 20, 5)
+    top1, top5 = (accuracy(many, torch.arange(50) % 20, k) for k in (1, 5))
     assert top1.shape == (2, 3) and (top5 >= top1).all()
 
 
 def test_held_out_images_are_a_tenth_and_take_no_part_in_fitting():
     fit, held = hold_out(105, seed=1)
     assert len(held) == 10 and sorted(torch.cat([fit, held]).tolist()) == list(range(105))
-    assert torch.equal(held, hold_out(105, seed=1)[1]) and not torch.equal(held, hold_out(105, seed=2)[1])
+    assert torch.equal(held, hold_out(105, seed=1)[1])
+    assert not torch.equal(held, hold_out(105, seed=2)[1])
+
+
+def test_heads_learn_from_the_given_rows_alone():
+    features, labels = clusters()
+    rows = torch.randperm(400)[:300]
+    changed = features.clone()
+    left_out = torch.ones(400, dtype=torch.bool)
+    left_out[rows] = False
+    changed[left_out] = 100.0
+    heads = []
+    for x in (features, changed):
+        probe = Probe(*mean_and_variance(x, rows), READOUTS, SETTINGS, 5)
+        train_heads(probe, x, labels, rows, steps=12, batch_size=100)
+        heads.append(logits_of(probe, features[:9]))
+    assert torch.equal(*heads)
 
 
 def test_each_head_gets_the_setting_that_is_best_on_held_out_images():
     settings = [(0.1, 0), (0.2, 1), (0.3, 2)]
-    source = linprobe.Source("x", None, None, ["1", "norm"], linprobe.READOUTS, "cls", settings, 48)
+    source = linprobe.Source("x", None, 48, ["1", "norm"], settings)
     held_out = torch.rand(2, 3, 6)                           # (L, S, H)
     table = linprobe.choose(held_out, source)
     assert [row["held_out"] for row in table] == held_out.amax(dim=1).flatten().tolist()
     for row in table:
         layer, s, h = row["at"]
-        assert held_out[layer, s, h] == row["held_out"] and (row["rate"], row["weight_decay"]) == settings[s]
-    assert [(row["block"], row["readout"]) for row in table if row["paper"]] == [("norm", "cls")] * 2
+        assert held_out[layer, s, h] == row["held_out"]
+        assert (row["rate"], row["weight_decay"]) == settings[s]
+    of_paper = [(row["block"], row["readout"]) for row in table if row["paper"]]
+    assert of_paper == [("norm", "cls")] * 2
 
 
-# ------------------------------------------------------------------------------------------------------------ k-NN
+# --- k-NN -----------------------------------------------------------------------------------------
 def test_knn_finds_the_nearest_by_angle():
     bank, labels = torch.eye(4), torch.tensor([2, 0, 3, 1])
-    queries = 7 * torch.eye(4) + 0.5                          # longer than the bank: length plays no part
+    queries = 7 * torch.eye(4) + 0.5                         # longer: length plays no part
     assert torch.equal(knn(bank, labels, queries, k=1, classes=4).argmax(1), labels)
 
 
 def test_knn_neighbours_vote_with_the_weight_of_their_cosine():
     bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
     scores = knn(bank, torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]]), k=3, classes=2)
-    torch.testing.assert_close(scores, torch.tensor([[1 / 0.07, 0.6 / 0.07]]).exp() * torch.tensor([1.0, 2.0]))
-    assert scores.argmax() == 0                              # one close neighbour outweighs two distant ones
+    expected = torch.tensor([[1 / 0.07, 0.6 / 0.07]]).exp() * torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(scores, expected)
+    assert scores.argmax() == 0                              # one close one outweighs two distant
 
 
-# ----------------------------------------------------------------------------------------------------- whole probes
+# --- whole probes ---------------------------------------------------------------------------------
 @pytest.fixture
 def shapes(monkeypatch):
     """The real data set with a dial: permuting the labels of the validation images."""
@@ -224,84 +328,121 @@ def test_nothing_is_chosen_by_the_validation_labels(shapes, tmp_path, capsys):
     b = linprobe.main([*SHORT, "--out", str(tmp_path / "b")])
     for key in ("block", "readout", "norm", "rate", "held_out", "paper_reading"):
         assert a[key] == b[key], key
-    heads = [engine.read_file(tmp_path / x / "linprobe_random.pt")["model"]["weight"] for x in "ab"]
+    heads = [read_file(tmp_path / x / "linprobe_random.pt")["model"]["weight"] for x in "ab"]
     assert torch.equal(*heads)
-    tables = [[r for r in log_lines(tmp_path / x / "linprobe_random.jsonl") if "held_out" in r] for x in "ab"]
+    tables = []
+    for x in "ab":
+        lines = log_lines(tmp_path / x / "linprobe_random.jsonl")
+        tables.append([line for line in lines if "held_out" in line])
     assert [r["rate"] for r in tables[0]] == [r["rate"] for r in tables[1]]
-    assert [r["top1"] for r in tables[0]] != [r["top1"] for r in tables[1]]  # only what is measured has changed
+    # Only what is measured has changed.
+    assert [r["top1"] for r in tables[0]] != [r["top1"] for r in tables[1]]
 
 
 def test_the_handed_over_head_gives_the_reported_accuracy(tmp_path, capsys):
     summary = linprobe.main([*SHORT, "--out", str(tmp_path)])
-    file = engine.read_file(tmp_path / "linprobe_random.pt")
-    source = linprobe.load_source("random", linprobe.parse_args(["--source", "random"]), torch.device("cpu"))
+    file = read_file(tmp_path / "linprobe_random.pt")
+    args = linprobe.parse_args(["--source", "random"])
+    source = linprobe.load_source("random", args, torch.device("cpu"))
     val = data.open_data("shapes", "val", limit=200)
-    features = source.encode(data.to_float(val.images, "cpu"))[:, source.layers.index(file["block"])]
-    half = features.shape[1] // 2
-    x = dict(cls=features[:, :half], mean=features[:, half:], both=features)[file["readout"]]
+    features = source.encode(data.to_float(val.images, "cpu"))
+    x = features[:, source.layers.index(file["block"]), columns(file["readout"], 256)]
     logits = x @ file["model"]["weight"].T + file["model"]["bias"]
-    assert abs(accuracy(logits, val.labels).item() - summary["top1"]) < 1.01     # an image or two may round otherwise
+    top1 = accuracy(logits, val.labels).item()
+    assert abs(top1 - summary["top1"]) < 1.01                # an image or two may round otherwise
     assert summary["top5"] >= summary["top1"] and summary["paper_top5"] >= summary["paper_top1"]
+    assert not file["model"]["weight"].requires_grad
 
 
-def test_a_probe_of_an_earlier_network_is_set_aside_and_further_views_are_features_too(tmp_path, capsys):
-    out, files = tmp_path / "run", {}
-    for rate in ("0.1", "0.2"):                              # the second would be refused if it were the same network's
+def test_the_features_go_with_the_probe_unless_they_are_to_be_kept(tmp_path, monkeypatch, capsys):
+    first = linprobe.main([*SHORT, "--out", str(tmp_path / "a")])
+    assert "computing features once: 200 x 7 x 256 numbers" in capsys.readouterr().out
+    assert not list((tmp_path / "a").glob("**/*.npy"))
+    again = ["--cache", str(tmp_path / "cache"), "--out"]
+    linprobe.main([*SHORT, *again, str(tmp_path / "b")])
+    assert len(list((tmp_path / "cache").glob("random-shapes-*.npy"))) == 2      # train and val
+    images = []
+    encode = linprobe.Source.encode
+    monkeypatch.setattr(linprobe.Source, "encode", lambda self, x: (
+        images.append(len(x)), encode(self, x))[1])
+    last = linprobe.main([*SHORT, *again, str(tmp_path / "c")])
+    assert images == [1, 1]                                  # still the same network?
+    different = [k for k in first if first[k] != last[k] and k != "seconds"]
+    assert not different
+
+
+def test_a_probe_of_an_earlier_network_is_set_aside_and_further_views_are_features_too(
+        tmp_path, capsys):
+    out, results = tmp_path / "run", {}
+    flags = "--limit 50 --steps 2 --workers 0 --device cpu --augment 2 --rates".split()
+    for rate in ("0.1", "0.2"):              # of the same network, the second would be refused
         torch.manual_seed(int(rate[-1]))
-        arch = dict(image_size=48, patch_size=8, width=32, depth=2, heads=2, positions="shared", layer_scale=0.1)
+        arch = dict(image_size=48, patch_size=8, width=32, depth=2, heads=2, positions="shared",
+                    layer_scale=0.1)
         state = {**ViT(**arch, pool=None).state_dict(), "mask_token": torch.zeros(1, 1, 32)}
-        engine.write_file(out / "pretrain.pt", dict(kind="pretrain", arch=arch, model=state))
-        files[rate] = linprobe.main([*"--limit 50 --steps 2 --workers 0 --device cpu --augment 2 --rates".split(), rate,
-                                     "--out", str(out)])
+        write_file(out / "pretrain.pt", dict(kind="pretrain", arch=arch, model=state))
+        results[rate] = linprobe.main([*flags, rate, "--out", str(out)])
         os.utime(out / "linprobe.pt", (1, 1))
     assert (tmp_path / "run.1" / "linprobe.pt").exists() and (out / "linprobe.pt").exists()
-    assert files["0.2"]["rate"] == 0.2
-    assert files["0.1"]["paper_reading"] == "norm mean"      # no blocks of patch aggregation in the file
-    assert "0.00 GiB" in capsys.readouterr().out
+    assert results["0.2"]["rate"] == 0.2
+    assert results["0.1"]["paper_reading"] == "norm mean"    # no blocks of patch aggregation
+    assert "150 x 3 x 64 numbers" in capsys.readouterr().out
 
 
 def test_the_script_probes_logs_and_says_when_it_is_done(tmp_path):
-    flags = ["--source", "random", "--limit", 40, "--steps", 3, "--workers", 0, "--device", "cpu", "--out", tmp_path]
+    flags = ["--source", "random", "--limit", 40, "--steps", 3, "--workers", 0, "--device", "cpu",
+             "--out", tmp_path]
     stage("linprobe.py", *flags)
     lines = log_lines(tmp_path / "linprobe_random.jsonl")
     assert "args" in lines[0] and lines[-1]["summary"] == 1 and lines[-1]["source"] == "random"
-    assert {"top1", "top5", "knn", "block", "readout", "norm", "rate", "paper_top1"} <= lines[-1].keys()
+    keys = "top1 top5 knn block readout norm rate paper_top1".split()
+    assert set(keys) <= lines[-1].keys()
     rows = [r for r in lines if "held_out" in r and "summary" not in r]
-    assert len(rows) == 7 * 3 * 2                            # 6 blocks and the norm, 3 read-outs, 2 norms
-    assert [(r["block"], r["readout"]) for r in rows if r["paper"]] == [("norm", "cls")] * 2
+    assert len(rows) == 7 * 3 * 2                            # 6 blocks, norm; 3 read-outs; 2 norms
+    of_paper = [(r["block"], r["readout"]) for r in rows if r["paper"]]
+    assert of_paper == [("norm", "cls")] * 2
     assert "already done" in stage("linprobe.py", *flags).stdout
     assert len(log_lines(tmp_path / "linprobe_random.jsonl")) == len(lines)
 
 
-EXTRACT = """
+STORE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import linprobe
-from support import data, engine
-process = engine.init_distributed("cpu")
-args = linprobe.parse_args(["--source", "random", "--workers", "0", "--micro-batch", "8", "--amp", "no"])
-items = [(0, i) for i in range(29)]                          # 29 images: the shares differ in size
-source = linprobe.load_source("random", args, process.device)
-shapes = data.open_data("shapes", "train", transforms.EvalTransform(48), limit=40)
-features, labels = linprobe.extract(source, shapes, items, args, process)
-if process.rank == 0:
-    torch.save((features, labels), sys.argv[2])
-engine.run(lambda: linprobe.main([*"--source random --limit 40 --steps 2 --workers 0 --device cpu --out".split(),
-                                  sys.argv[2] + ".run"]))
+from support import data, process, transforms
+flags = "--source random --workers 0 --micro-batch 8 --amp no --out".split()
+args = linprobe.parse_args([*flags, sys.argv[2] + ".features"])
+here = process.join_processes("cpu")
+source = linprobe.load_source("random", args, here.device)
+shapes = data.open_data("shapes", "train", transforms.EvalTransform(48), limit=29)
+features, labels = linprobe.store(source, shapes, 0, args, here)     # shares of different sizes
+if here.is_main:
+    torch.save((features[:], labels), sys.argv[2])
+flags = "--source random --limit 40 --steps 2 --workers 0 --device cpu --out".split()
+process.launch(lambda: linprobe.main([*flags, sys.argv[2] + ".run"]))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_gather_what_one_computes_in_the_same_order(tmp_path):
-    script = tmp_path / "extract.py"
-    script.write_text(EXTRACT)
+def test_two_processes_store_what_one_computes_in_the_same_order(tmp_path):
+    script = tmp_path / "store.py"
+    script.write_text(STORE)
     for n in (1, 2):
         stage(script, ROOT, tmp_path / f"{n}.pt", processes=n)
     (one, labels), (two, labels_two) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     assert one.shape == (29, 7, 256) and torch.equal(labels, labels_two)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
     a, b = (log_lines(tmp_path / f"{n}.pt.run" / "linprobe_random.jsonl") for n in (1, 2))
-    assert len(a) == len(b) and a[-1].keys() == b[-1].keys()                     # rank 0 alone trained and logged
+    assert len(a) == len(b) and a[-1].keys() == b[-1].keys()         # rank 0 alone trained
+
+
+# --- arguments ------------------------------------------------------------------------------------
+def test_a_dry_run_tells_the_size_of_the_probe_without_data_or_checkpoint(tmp_path, capsys):
+    assert linprobe.main(["--model", "base", "--dry-run", "--out", str(tmp_path)]) is None
+    said = capsys.readouterr().out
+    assert "234 heads of 1000 classes" in said               # 13 layers x 3 x 2 x 3 rates
+    assert "19968 features per image, for ImageNet 51 GB" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -312,10 +453,14 @@ def test_two_processes_gather_what_one_computes_in_the_same_order(tmp_path):
     (["--source", "random", "--rates", "-1"], "--rates"),
     (["--source", "random", "--model", "huge"], "huge"),
     (["--source", "random", "--data", "no/such/folder"], "no/such/folder"),
+    (["--source", "random", "--compile"], "--compile"),      # no flag without effect
+    (["--source", "random", "--log-every", "5"], "--log-every"),
+    (["--source", "random", "--save-every", "5"], "--save-every"),
 ])
 def test_mistakes_are_one_sentence_with_a_remedy(flags, words, tmp_path, monkeypatch, capsys):
+    flags = [*flags, "--device", "cpu", "--workers", "0", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as error:
-        engine.run(lambda: linprobe.main([*flags, "--device", "cpu", "--workers", "0", "--out", str(tmp_path)]))
+        launch(lambda: linprobe.main(flags))
     message = capsys.readouterr().err.strip()
     assert error.value.code == 2 and words in message and message.count("\n") == 0
     assert not list(tmp_path.glob("*.pt"))
