@@ -39,7 +39,7 @@ TESTS = {                # which tests/test_*.py run, in this order, where a bug
     "support/transforms.py": "transforms", "support/process.py": "process",
     "support/scenes.py": "scenes", "support/batchnorm.py": "batchnorm",
     "support/weights.py": "weights", "support/positions.py": "weights",
-    "support/teachers.py": "teachers"}
+    "support/teachers.py": "teachers", "support/features.py": "features"}
 RANKS = "runs::test_two_processes_and_accumulation_train_the_tokenizer_of_one_process_with_equal_codebooks"
 LOOPS = "loops"          # all four training loops, with what they tell optimiser and network
 BUGS = {                 # file: (what is wrong, the text, the text with the bug in it[, its tests]), ...
@@ -180,12 +180,19 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
     ],
     "linprobe.py": [
         ("mean with [CLS] in it", "tokens[:, 1:].mean(dim=1)", "tokens.mean(dim=1)"),
-        ("no final norm", '(model.fc_norm if model.pool == "mean" else model.norm)(tokens[-1])', "tokens[-1]"),
-        ("biases decayed", "lr_scale=rate, weight_decay=0.0)", "lr_scale=rate, weight_decay=decay)"),
-        ("held-out images fitted, too", "return order[max(1, n // 10):],", "return order,"),
-        ("heads chosen on validation images", "score_heads(features[len(fit):], labels[len(fit):], *heads)[0]",
-         "score_heads(*val, *heads)[0]"),
-        ("the worst setting of a head", "held_out[layer, :, h].argmax()", "held_out[layer, :, h].argmin()"),
+        ("no final norm", "tokens.append(norm(tokens[-1]))", "tokens.append(tokens[-1])"),
+        ("biases decayed", "lr_scale=rate, weight_decay=0.0)",
+         "lr_scale=rate, weight_decay=decay)"),
+        ("held-out images fitted, too", "return order[tenth:],", "return order,"),
+        ("heads chosen on validation images", "score_heads(probe, *train, held * views)[0]",
+         "score_heads(probe, *val, torch.arange(len(val_set)))[0]"),
+        ("the worst setting of a head", "held_out[layer, :, h].argmax()",
+         "held_out[layer, :, h].argmin()"),
+        ("[CLS] heads read the patch mean", "cls=slice(0, half), mean=slice(half, width)",
+         "mean=slice(0, half), cls=slice(half, width)"),
+        ("mean left out of the saved head", " - weight @ mean[layer, self.columns]", ""),
+        ("spread around zero, not the mean", "features[part].double() - mean).square()",
+         "features[part].double()).square()"),
     ],
     "segment.py": [
         ("taps one block late", "return depth // 3 - 1,", "return depth // 3,"),
@@ -327,7 +334,13 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
         ("pixel targets keep their mean", "return (patches - mean) / (var", "return patches / (var"),
         ("CLIP's [CLS] taken for a patch", "tower.ln_post(x)[:, 1:]", "tower.ln_post(x)[:, :-1]"),
         ("registers taken for patches", "[:, self.skip:]", "[:, 1:]"),
-        ("mirror images with plain features", "teacher(images.flip(-1) if mirrored else images)", "teacher(images)"),
+    ],
+    "support/features.py": [
+        ("mirror images with plain features", "[images, images.flip(-1)]", "[images, images]"),
+        ("crops of one epoch only", "self.crops[(view - 1, index)]", "self.crops[(0, index)]"),
+        ("other weights, same file", "digest.update(tensor.cpu()", "len(tensor.cpu()"),
+        ("each process writes from the first row", "batches[0][0] * row_bytes", "0 * row_bytes",
+         "features::test_two_processes_write_the_file_of_one"),
     ],
 }
 
