@@ -28,7 +28,7 @@ from torch import nn
 
 from model import PRESETS, ViT, imagenet_normalize, initialise, rescale_residual_branches
 from support import data, transforms, weights
-from support.args import fill_in, number, run_parser, whole
+from support.args import check_range, fill_in, number, run_parser, whole
 from support.features import WithCrops, store_features
 from support.files import Log, UserError, describe_run, rounded, write_file
 from support.optim import adamw, cosine_schedule, set_lr
@@ -441,10 +441,13 @@ def parse_args(argv=None):
     if args.checkpoint and args.source in ("tokenizer", "random"):
         raise UserError(f"--source {args.source} does not read --checkpoint {args.checkpoint}: "
                         f"leave one out")
-    own_size = args.image_size is None
+    size = args.image_size
+    if args.source in ("pretrain", "tokenizer"):
+        args.image_size = None               # the patches are those of a file, still to be read
     fill_in(args, MODELS, RECIPE)
-    if own_size:
-        args.image_size = None               # a checkpoint is probed at the size it was made for
+    args.image_size = size                   # None: as the file was made
+    if size:
+        check_range(args, "image_size", args.patch_size, 128 * args.patch_size)
     return args
 
 

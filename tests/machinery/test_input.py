@@ -89,7 +89,7 @@ def test_few_hidden_patches_need_no_smallest_block_and_a_micro_batch_is_only_a_c
     (pretrain.parse_args, "--patch-size 1 --image-size 224", "--image-size must lie in"),
     (finetune.main, "--init scratch --patch-size 49", r"--patch-size must lie in \[1, 48\]"),
     (linprobe.parse_args, "--source random --image-size 50",
-     "image size 50x50 is not a multiple of the patch size 8"),
+     "--image-size 50 is not a multiple of --patch-size 8"),
     (segment.parse_args, "--init scratch --image-size 50",
      "--image-size 50 is not a multiple of --patch-size 8"),
     (vqkd.parse_args, "--steps 10 --epochs 2", "--steps 10 and --epochs 2"),
