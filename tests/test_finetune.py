@@ -253,6 +253,8 @@ def test_a_head_is_kept_for_the_same_classes_and_begun_afresh_for_others(tmp_pat
         assert report.missing == ["head.weight", "head.bias"]
         assert "head.weight" not in report.loaded
         assert 0 < fresh.head.weight.abs().max() < 1e-3
+        alike = F.cosine_similarity(fresh.head.weight[:2], model.head.weight[:2])
+        assert alike.abs().max() < 0.5   # nothing of the other head is left
         assert torch.equal(fresh.fc_norm.weight, model.fc_norm.weight)
 
 
