@@ -137,7 +137,10 @@ class Attention(nn.Module):
         return position_bias(self.relative_position_bias_table, index)
 
     def forward(self, x, index=None, shared=None, queries=None):
-        """Normalised tokens (B, T, D) -> (B, T, D), or (B, m, D) for queries (B, m)."""
+        """x (B, T, D), normalised -> (B, T, D); with queries (B, m) only these tokens, (B, m, D).
+
+        index (T, T): of relative_position_index. shared (H, T, T): the bias of a shared table.
+        """
         q, k, v = self.queries_keys_values(x)
         bias = self.bias(index, shared)
         if queries is not None:              # only these tokens ask, and they still see all T keys
@@ -184,7 +187,7 @@ class Block(nn.Module):
             self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(self, x, index=None, shared=None, queries=None):
-        """x (B, T, D) -> (B, T, D), or (B, m, D) for queries (B, m): tokens nobody else reads."""
+        """x (B, T, D) -> (B, T, D); with queries (B, m) only these tokens, (B, m, D)."""
         attended = self.attn(self.norm1(x), index, shared, queries)
         if queries is not None:
             x = x.take_along_dim(queries[..., None], dim=1)  # (B, m, D)
@@ -192,6 +195,7 @@ class Block(nn.Module):
         return x + self.branch(self.mlp(self.norm2(x)), self.gamma_2)
 
     def branch(self, y, gamma):
+        """What is added to x: gamma * y, for some samples nothing."""
         if gamma is not None:
             y = gamma * y
         return drop_path(y, self.drop_path, self.training)

@@ -110,7 +110,7 @@ class BEiT(ViT):
         self.shared_head = shared_head or head_depth == 0
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.lm_head = nn.Linear(width, codes)
-        # Recipe, not in the paper: the head's blocks have the stochastic depth of layers l + 1 ...
+        # Recipe, not in the paper: these blocks drop paths as often as layers l + 1, l + 2, ...
         rates = torch.linspace(0, drop_path, max(depth, early_layer + head_depth), device="cpu")
         self.cls_pt_layers = nn.ModuleList(
             Block(width, heads, self.mlp_ratio, layer_scale, rate)
@@ -188,7 +188,7 @@ def mim_loss(logits, logits_cls, z):
 
 # --- training -------------------------------------------------------------------------------------
 def train(args):
-    """The whole of stage 2. -> the result of the last evaluation; the network is in OUT"""
+    """Run stage 2; the network is then in OUT/pretrain.pt.  -> results on held-out images"""
     run = Run("pretrain", args)
     tokenizer = open_tokenizer(args, run.device)
     codes = len(tokenizer.quantize.cluster_size)             # K
@@ -329,8 +329,8 @@ def evaluate(model, tokenizer, dataset, commonest, run):
 
     hidden, *sums = run.sum(totals).tolist()
     names = "loss_mim loss_cls mask_acc mask_acc_cls guess_position guess_nearest".split()
-    result = {name: total / hidden for name, total in zip(names, sums, strict=True)}
-    result["loss"] = result["loss_mim"] + result["loss_cls"]
+    means = {name: total / hidden for name, total in zip(names, sums, strict=True)}
+    result = dict(loss=means["loss_mim"] + means["loss_cls"]) | means
     if len(model.cls_pt_layers) == 0:
         del result["loss_cls"], result["mask_acc_cls"]
     return result
@@ -425,7 +425,7 @@ def parse_args(argv=None):
 
 
 def fill_in_masks(args):
-    """The paper hides 75 of 196 patches in blocks of at least 16; another grid as many in share."""
+    """The paper hides 75 of 196 patches, in blocks of at least 16. Other grids: the same shares."""
     patches = (args.image_size // args.patch_size) ** 2
     if args.mask_patches is None:
         args.mask_patches = patches * 75 // 196
