@@ -259,10 +259,9 @@ def shift_shapes(shift, seed, split, index, max_rotation=15.0):
 class Shapes(InMemory):
     """Ten shapes on regular backgrounds, drawn at start-up in seconds, 83 MB.
 
-    max_rotation=180 is the variant that asks what a code makes of rotation. shift, one of SHIFTS,
-    shows the same objects in another way, and asks what a classifier relies on.
-    The seed drives crops and masks of a run. It does not change the pictures, just as it would not
-    change those of any other data set.
+    max_rotation=180 is a variant for measuring how codes react to rotation. shift, one of SHIFTS,
+    shows the same objects in another way, for measuring what a classifier relies on.
+    The seed drives crops and masks. As in any other data set, it does not change the pictures.
     """
 
     SIZES = {"train": 12_000, "val": 2_000}

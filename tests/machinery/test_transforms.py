@@ -1,5 +1,7 @@
 """What each stage does to an image: its windows, flips, colours and boxes; any size; torchvision's
 own functions give the same pixels wherever they stand in."""
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -283,3 +285,14 @@ def test_an_image_of_any_size_becomes_a_small_square_and_nothing_large_on_the_wa
     out = TRANSFORMS[name]()(torch.randint(256, (3, height, width), dtype=torch.uint8))
     assert out.shape[0] == 3 and out.shape[1] == out.shape[2] >= 48
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_worker_that_starts_afresh_gets_a_copy_that_shows_the_same(name):
+    transform = TRANSFORMS[name]()
+    copy = pickle.loads(pickle.dumps(transform))             # as under spawn
+    for seed in range(10):
+        seed_all(seed)
+        expected = transform(photo())
+        seed_all(seed)
+        assert torch.equal(copy(photo()), expected)
