@@ -57,16 +57,15 @@ RECIPE = {  # base and large: the appendix's table of hyper-parameters; tiny and
     "train_images":  (200,           None,             None,             None),
     "channels":      (64,            None,             None,             None),      # None: D
 }
-OTHER_STARTS = {         # what changes in the table with --init
-    # By way of ImageNet-21k: the paper's.
+OTHER_STARTS = {         # what --init changes. 21k: the paper's; scratch: ours, one rate for all
     "21k": {"lr": (2e-3, 5e-5, 5e-5, 3e-5), "layer_decay": (0.75, 0.75, 0.85, 0.9)},
-    # From random weights the early blocks have nothing to keep: all learn at one rate. Ours.
     "scratch": {"layer_decay": (1.0, 1.0, 1.0, 1.0)},
 }
+# Recipe, not in the paper, in all presets:
 POOLS = 1, 2, 3, 6       # pyramid pooling takes means over 1 x 1, 2 x 2, 3 x 3 and 6 x 6 regions
 DROPOUT = 0.1            # of whole channels, before both classifiers
-AUX_WEIGHT = 0.4         # the auxiliary head: weight of its loss,
-AUX_TAP = 2              # and which of the four maps it reads
+AUX_WEIGHT = 0.4         # of the loss of the auxiliary head
+AUX_TAP = 2              # which of the four maps the auxiliary head reads
 SCALES = 0.5, 0.75, 1.0, 1.25, 1.5, 1.75                     # --multi-scale
 
 
@@ -97,10 +96,8 @@ def classifier(channels, classes):
 
 
 def add_pyramid(vit):
-    """Give a backbone four layers that resize a map (B, D, gh, gw): by 4, 2, 1 and 1/2.
-
-    They are part of the backbone because the released files name them so.
-    """
+    """Give a backbone four layers that resize a map (B, D, gh, gw): by 4, 2, 1 and 1/2. They are
+    inside the backbone because the released files name them so."""
     def double():
         return nn.ConvTranspose2d(vit.width, vit.width, kernel_size=2, stride=2)
     vit.fpn1 = nn.Sequential(double(), nn.BatchNorm2d(vit.width), nn.GELU(), double())
@@ -175,9 +172,8 @@ class UPerNet(nn.Module):
         maps = []
         layers = vit.fpn1, vit.fpn2, vit.fpn3, vit.fpn4
         for tokens, layer in zip(vit.features(images, self.taps), layers, strict=True):
-            patches = tokens[:, 1:]                          # (B, gh gw, D), without [CLS]
-            x = patches.transpose(1, 2).unflatten(2, vit.grid)           # (B, D, gh, gw)
-            maps.append(layer(x))
+            patches = tokens[:, 1:].transpose(1, 2)          # (B, D, gh gw), without [CLS]
+            maps.append(layer(patches.unflatten(2, vit.grid)))           # from (B, D, gh, gw)
         return maps
 
     def forward(self, images):
@@ -206,11 +202,9 @@ def pixel_cross_entropy(logits, labels):
 def layer_of(name, depth):
     """The layer of a parameter: 0 the embeddings, i + 1 block i, depth + 1 pyramid and heads."""
     part = name.removeprefix("backbone.").split(".")
-    if part[0] in ("cls_token", "pos_embed", "patch_embed"):
-        return 0
     if part[0] == "blocks":
         return int(part[1]) + 1
-    return depth + 1
+    return 0 if part[0] in ("cls_token", "pos_embed", "patch_embed") else depth + 1
 
 
 def rate_groups(model, weight_decay, layer_decay):
@@ -225,9 +219,7 @@ def poly_schedule(step, base, total, warmup):
     """The rate of a step: a straight line from `base` to 0, times a linear warm-up from 0 to 1."""
     # Differs from the recipe: its warm-up starts at a millionth of `base`, ours at 0.
     rate = base * (1 - step / total)
-    if step < warmup:
-        rate *= step / warmup
-    return rate
+    return rate * (step / warmup) if step < warmup else rate
 
 
 # --- method: prediction and scores ----------------------------------------------------------------
@@ -240,8 +232,8 @@ def window_starts(side, window, stride):
 def slide(logits_of, images, window, stride):
     """Logits (B, C, H, W): at every pixel the mean over all windows that show the pixel.
 
-    logits_of: (B, 3, *window) -> (B, C, h, w), of any size. images (B, 3, H, W), at least as large
-    as the window. window, stride: (height, width).
+    images (B, 3, H, W), no smaller than the window. window, stride: (height, width).
+    logits_of: (B, 3, *window) -> (B, C, h, w), of any size.
     """
     height, width = images.shape[-2:]
     total = None
@@ -260,9 +252,8 @@ def slide(logits_of, images, window, stride):
 def predict(model, images, scales=(1.0,), flip=False):
     """Class probabilities (B, C, H, W) of images (B, 3, H, W) in [0, 1] of any size.
 
-    Images are resized to fit (4 S, S), S the side of the crop (base: 2048, 512), read through
-    windows, and the logits resized to H x W. Probabilities are averaged over several `scales` and,
-    with `flip`, over the image and its mirror image.
+    Images are resized to fit (4 S, S), S the side of the crop (base: 2048, 512), and read through
+    windows. Probabilities are averaged over `scales` and, with `flip`, over mirror images.
     """
     window = model.backbone.image_size
     stride = [round(side * 2 / 3) for side in window]        # 341 of 512
@@ -271,8 +262,8 @@ def predict(model, images, scales=(1.0,), flip=False):
     for scale in scales:
         height, width = fit_size(*size, 4 * min(window) * scale, min(window) * scale)
         view = images if (height, width) == size else resize(images, (height, width))
-        # Differs from the recipe, which fails if a side is shorter than the window (an aspect
-        # above 4, or scales below 1). We pad with the mean colour, and remove the padding below.
+        # Differs from the recipe, which fails if a side is shorter than the window (aspect above
+        # 4, scales below 1). We pad with the mean colour, and remove the padding below.
         missing = [max(w - side, 0) for w, side in zip(window, (height, width), strict=True)]
         view = F.pad(imagenet_normalize(view), (0, missing[1], 0, missing[0]))
         logits = [slide(model, view, window, stride)]
@@ -293,9 +284,9 @@ def confusion(predicted, labels, classes):
 def scores(matrix, background=False):
     """Figures of a confusion matrix (C, C) in percent; IoU (C,) and accuracy (C,) of each class.
 
-    miou: mean of IoU over classes. m_acc: mean of the accuracy. a_acc: share of right pixels.
-    background: also the mean of IoU without class 0, miou_objects.
-    A class without a labelled or predicted pixel has no IoU (NaN) and stays out of the mean.
+    miou: mean IoU, miou_objects: without class 0, where that is the `background`. m_acc: mean
+    accuracy. a_acc: share of right pixels. A class that neither labels nor predictions hold has
+    no IoU (NaN) and stays out of the mean.
     """
     matrix = matrix.cpu().double()           # mps has no float64
     hit = matrix.diagonal()
@@ -303,8 +294,8 @@ def scores(matrix, background=False):
     called = matrix.sum(dim=0)
     iou = 100 * hit / (of_class + called - hit)              # intersection / union
     acc = 100 * hit / of_class
-    figures = dict(miou=iou.nanmean().item(), m_acc=acc.nanmean().item(),
-                   a_acc=(100 * hit.sum() / matrix.sum()).item())
+    a_acc = 100 * hit.sum() / matrix.sum()
+    figures = dict(miou=iou.nanmean().item(), m_acc=acc.nanmean().item(), a_acc=a_acc.item())
     if background:
         figures["miou_objects"] = iou[1:].nanmean().item()
     return figures, iou, acc
@@ -384,15 +375,14 @@ def train(args):
 
 def build(args, classes, process):
     """-> UPerNet on the backbone in --checkpoint, or on random weights."""
-    vit = ViT(**sizes(args)) if args.init == "scratch" else load_start(args, process)
+    vit = new_backbone(args) if args.init == "scratch" else load_start(args, process)
     return UPerNet(vit, classes, args.channels)
 
 
-def sizes(args):
-    """The arguments of ViT for a new backbone."""
+def new_backbone(args):
     patch_size = args.patch_size or PRESETS[args.model]["patch_size"]
-    return PRESETS[args.model] | dict(
-        image_size=args.image_size, patch_size=patch_size, drop_path=args.drop_path)
+    sizes = dict(image_size=args.image_size, patch_size=patch_size, drop_path=args.drop_path)
+    return ViT(**PRESETS[args.model] | sizes)
 
 
 # --- networks from files --------------------------------------------------------------------------
@@ -407,9 +397,10 @@ def load_start(args, process):
     if kind == "segment" or (kind == "finetune") != (args.init == "21k"):
         raise UserError(f"{path} is a {kind} file: --init pretrain starts from a pre-trained "
                         f"backbone, --init 21k from a classifier, and --eval measures a segmenter")
-    if args.patch_size not in (None, checkpoint.backbone["patch_size"]):
-        raise UserError(f"--patch-size {args.patch_size}: the weights in {path} have "
-                        f"{checkpoint.backbone['patch_size']}; leave the flag out")
+    patch = checkpoint.backbone["patch_size"]
+    if args.patch_size not in (None, patch):
+        raise UserError(f"--patch-size {args.patch_size}: the weights in {path} have {patch}; "
+                        f"leave the flag out")
     vit, _, report = weights.load_backbone(checkpoint, pool=None, image_size=args.image_size,
                                            drop_path=args.drop_path)
     process.print(f"backbone from {path} ({len(report.loaded)} tensors)")
@@ -465,8 +456,8 @@ def parse_args(argv=None):
         help="start from OUT/pretrain.pt, OUT/finetune_21k.pt, or random weights")
     add("--checkpoint", type=Path, help="start from this file; with --eval: measure this file")
     add("--eval", action="store_true", help="only measure OUT/segment.pt, or --checkpoint")
-    add("--multi-scale", action="store_true", help="with --eval: average six scales and mirror "
-        "images; for models trained with --jitter (not tiny)")
+    add("--multi-scale", action="store_true", help="with --eval: average six scales and "
+        "mirror images; for models trained with --jitter (not tiny)")
     add("--evaluations", type=whole(1, 10**6), help="how often a run evaluates; base: 10")
     add("--lr", type=number(0, 10), help="peak rate of the heads, for any batch size; base: 5e-5")
     add("--layer-decay", type=number(1e-3, 1), help="rate of a block by the next one's; base: 0.75")
@@ -481,8 +472,7 @@ def parse_args(argv=None):
         raise UserError("--eval reads --image-size and --patch-size in the file: leave them out")
     from_scratch = args.init == "scratch" and not args.eval
     if from_scratch and args.checkpoint:
-        raise UserError(f"--init scratch starts from random weights: "
-                        f"leave out --checkpoint {args.checkpoint}")
+        raise UserError(f"--init scratch reads no file: leave out --checkpoint {args.checkpoint}")
     patch_size = args.patch_size
     fill_in(args, MODELS, RECIPE | OTHER_STARTS.get(args.init, {}))
     if args.epochs:                          # instead of the steps of the recipe
@@ -502,7 +492,7 @@ def main(argv=None):
     if args.dry_run:
         classes = args.classes or (11 if args.data == "shapes" else 150)
         with torch.device("meta"):           # shapes without numbers
-            model = UPerNet(ViT(**sizes(args)), classes, args.channels)
+            model = UPerNet(new_backbone(args), classes, args.channels)
         return dry_run(args, model, f"{classes} classes", f"blocks {model.taps} are read")
     return evaluate_file(args) if args.eval else train(args)
 
