@@ -410,10 +410,7 @@ def read_start(args):
     if checkpoint.kind != "finetune" and needs_classifier:
         raise UserError(f"{path} is no classifier: use --init pretrain, or make one with "
                         f"python finetune.py")
-    patch_size = checkpoint.backbone["patch_size"]
-    if args.patch_size not in (None, patch_size):
-        raise UserError(f"--patch-size {args.patch_size}: the weights have {patch_size}; "
-                        f"leave the flag out")
+    weights.check_patch_size(checkpoint, args.patch_size)
     image_size = checkpoint.backbone["image_size"]
     if args.image_size is None and not isinstance(image_size, int):
         raise UserError(f"{path} was trained on images of {image_size}: choose one --image-size")

@@ -397,10 +397,7 @@ def load_start(args, process):
     if kind == "segment" or (kind == "finetune") != (args.init == "21k"):
         raise UserError(f"{path} is a {kind} file: --init pretrain starts from a pre-trained "
                         f"backbone, --init 21k from a classifier, and --eval measures a segmenter")
-    patch = checkpoint.backbone["patch_size"]
-    if args.patch_size not in (None, patch):
-        raise UserError(f"--patch-size {args.patch_size}: the weights in {path} have {patch}; "
-                        f"leave the flag out")
+    weights.check_patch_size(checkpoint, args.patch_size)
     vit, _, report = weights.load_backbone(checkpoint, pool=None, image_size=args.image_size,
                                            drop_path=args.drop_path)
     process.print(f"backbone from {path} ({len(report.loaded)} tensors)")

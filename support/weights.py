@@ -321,6 +321,14 @@ def check_width(checkpoint, preset):
                         f"{PRESETS[preset]['width']}: give the --model it was made with")
 
 
+def check_patch_size(checkpoint, patch_size):
+    """UserError where --patch-size, if given, is not that of the checkpoint."""
+    own = checkpoint.backbone["patch_size"]
+    if patch_size not in (None, own):
+        raise UserError(f"--patch-size {patch_size}: the weights in {checkpoint.name} have {own}; "
+                        f"leave the flag out")
+
+
 @torch.no_grad()
 def load_state(model, checkpoint, source_grid):
     """Put the backbone of a checkpoint of any kind into a ViT.  -> Report
