@@ -106,7 +106,7 @@ def arguments(file):
     return args if isinstance(args, dict) else {}
 
 
-def state_dict(file, name="the checkpoint"):
+def state_dict(file, name):
     """The tensors by name. Index buffers of released files follow from the grid: left out."""
     weights = {k: v for k, v in unwrap(file).items() if not str(k).endswith(INDEX)}
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
@@ -122,7 +122,7 @@ def state_dict(file, name="the checkpoint"):
     return weights
 
 
-def kind_of(weights, name="the checkpoint"):
+def kind_of(weights, name):
     """vqkd, pretrain, finetune, segment or backbone, judged by the names alone."""
     for kind, prefix in PREFIX.items():
         if f"{prefix}patch_embed.proj.weight" in weights:
@@ -154,9 +154,9 @@ def size_of(weights, name, axis=0):
 
 
 def count(weights, name):
-    """How many entries the list `name` has, by the numbers in the names."""
+    """How many entries the list `name` has: different numbers in the names."""
     found = [re.match(re.escape(name) + r"\.(\d+)\.", k) for k in weights]
-    return max((1 + int(m[1]) for m in found if m), default=0)
+    return len({m[1] for m in found if m})
 
 
 def mlp_ratio(weights, prefix=""):
@@ -173,6 +173,8 @@ def backbone_facts(weights, kind, stated, name):
     tables = [v for k, v in weights.items() if k.endswith(TABLE)]
     positions = weights.get("pos_embed")
     depth = count(weights, "blocks")
+    if stated.get("depth", depth) > depth:
+        depth += 1                           # the last block is missing, and `check` will say so
     if bool(tables) == (positions is not None) or not depth:
         absolute = "no" if positions is None else "an"
         raise UserError(f"{name} has {depth} blocks, {len(tables)} relative-position tables and "
@@ -200,8 +202,7 @@ def backbone_facts(weights, kind, stated, name):
         pool = "mean"
     return dict(
         image_size=image_size, patch_size=patch, width=width, heads=heads, in_channels=channels,
-        depth=max(depth, stated.get("depth", 0)),    # so that a missing last block is noticed, too
-        mlp_ratio=mlp_ratio(weights),
+        depth=depth, mlp_ratio=mlp_ratio(weights),
         positions=kind_of_positions if tables else "absolute",
         layer_scale=0.1 if scaled else 0.0,          # whether there is one: the file has the values
         pool=pool)
@@ -239,10 +240,9 @@ def tokenizer_facts(weights, stated, backbone):
     heads = stated.get("decoder_heads", heads)
     if width % heads:
         raise ValueError(f"a decoder of width {width} with {heads} heads")
-    heads_of_teachers = ["decode_task_layer"]
-    for i in range(count(weights, "more_decode_task_layers")):
-        heads_of_teachers.append(f"more_decode_task_layers.{i}")
-    teacher_dims = [size_of(weights, f"{head}.2.bias") for head in heads_of_teachers]
+    more = range(count(weights, "more_decode_task_layers"))
+    layers = ["decode_task_layer", *(f"more_decode_task_layers.{i}" for i in more)]
+    teacher_dims = [size_of(weights, f"{layer}.2.bias") for layer in layers]
     return dict(codes=size_of(weights, "quantize.embedding.weight"),
                 code_dim=size_of(weights, "quantize.embedding.weight", 1),
                 teacher_dims=teacher_dims, decoder_depth=count(weights, "decoder.blocks"),
@@ -301,16 +301,6 @@ def load_backbone(source, *, pool="mean", num_classes=0, image_size=None, drop_p
     grid_of(sizes["image_size"], sizes["patch_size"])        # complains where it does not divide
     model = ViT(**sizes, num_classes=num_classes, drop_path=drop_path)
     return model, checkpoint.file, load_state(model, checkpoint, source_grid)
-
-
-def look_at(path, preset, remedy=""):
-    """-> (contents, kind, facts of the backbone) of a file that a stage starts from.
-
-    UserError where --model is of another width.
-    """
-    checkpoint = read(path, remedy)
-    check_width(checkpoint, preset)
-    return checkpoint.file, checkpoint.kind, checkpoint.backbone
 
 
 def check_width(checkpoint, preset):

@@ -315,7 +315,8 @@ BUGS = {                 # file: (what is wrong, the text, the text with the bug
     ],
     "support/weights.py": [
         ("tokenizer's pixel range forgotten", 'if checkpoint.kind == "vqkd":', "if False:"),
-        ("MLP ratio assumed", "mlp_ratio=mlp_ratio(weights),", "mlp_ratio=4.0,", "readers"),
+        ("MLP ratio assumed", "depth=depth, mlp_ratio=mlp_ratio(weights),",
+         "depth=depth, mlp_ratio=4.0,", "readers"),
         ("decoder's MLP ratio is the encoder's", 'mlp_ratio(weights, "decoder.")',
          'mlp_ratio(weights, "encoder.")', "readers"),
         ("stated early layer ignored", 'stated.get("early_layer") or', "None or", "readers"),

@@ -1,6 +1,7 @@
 """Checkpoints from one layout to another: ours, the released code's, timm's."""
 
 import argparse
+import importlib
 import os
 
 import pytest
@@ -243,6 +244,18 @@ def test_check_says_what_a_file_is_and_which_commands_take_it(tmp_path, name, ca
     )[kind]
     assert f"({kind})" in said and command in said and size in said and "32x32, patch 8" in said
     assert str(source) in said.split("good for")[1] and "released" in said
+
+
+@pytest.mark.parametrize("use", [use for _, *uses in converter.ABOUT.values() for use in uses])
+def test_a_command_that_check_recommends_knows_its_flags(use, capsys):
+    words = use.split()
+    if words[0] == "-m":
+        words = words[1:]
+    stage_or_extra = importlib.import_module(words[0].removesuffix(".py"))
+    with pytest.raises(SystemExit):
+        stage_or_extra.parse_args(["--help"])
+    known = capsys.readouterr().out
+    assert all(word in known for word in words[1:] if word.startswith("--"))
 
 
 # Names of every kind of file that are renamed, lost, doubled, misshapen or filled with NaN.
