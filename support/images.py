@@ -30,9 +30,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 class Images(Dataset):
     """A data set whose key is (epoch, index).
 
-    The sampler says which epoch it is. So workers that live for the whole run need not be told.
-    A subclass says what image(index) is: (3, H, W) uint8. It sets `labels`, (n,) integers, and
-    `classes`, their names, if there are labels.
+    The sampler names the epoch with every index, so workers that live for the whole run follow it.
+    A subclass defines image(index), (3, H, W) uint8. If there are labels, the subclass sets
+    `labels`, (n,) integers, and `classes`, their names.
     """
 
     labels = None

@@ -17,7 +17,7 @@ import torch
 
 from model import IMAGENET_MEAN
 from support.files import UserError
-from support.images import Images, find_images, open_picture, read_image, shown
+from support.images import Images, find_images, open_picture, read_image, shown, spread
 from support.process import seed_all
 from support.shapes import SHAPES, Shapes
 from support.transforms import BILINEAR, NEAREST
@@ -197,9 +197,7 @@ class SceneFolder(Scenes):
             raise UserError(f"{shown(images)} holds no image: label maps want ADE20K's layout, "
                             f"images/{{training,validation}}/NAME.jpg and "
                             f"annotations/{{training,validation}}/NAME.png")
-        count = min(limit or len(paths), len(paths))
-        kept = np.linspace(0, len(paths) - 1, count).round().astype(int)
-        paths = [paths[i] for i in kept]
+        paths = [paths[i] for i in spread(len(paths), limit)]
         targets = []
         for path in paths:
             name = os.path.splitext(os.path.relpath(path, images))[0] + ".png"

@@ -7,8 +7,8 @@
 
 An image is (3, H, W) uint8 before and after, apart from erasing, which gives float32 in [0, 1].
 Every draw comes from torch's global generator (RandAugment: also from `random` and numpy); the
-data set seeds all of them before each image. torchvision is slow to import, so each function
-imports it when it is called. Segmentation moves images and label maps alike: scenes.py.
+data set seeds all of them before each image. torchvision is slow to import, so it is imported
+where it is used. Segmentation, which moves images and label maps alike, has its own: scenes.py.
 """
 import torch
 
@@ -23,7 +23,7 @@ class RandomCrop:
     """A random window, resized (bicubic) to each of `sizes`: a tensor for one size, else a tuple.
 
     The window has an area of `scale` times the image's and an aspect of 3/4 to 4/3. After ten
-    draws that do not fit into the image, it is the centre.
+    draws that do not fit into the image, the window is the largest one around the centre.
     """
 
     def __init__(self, sizes, scale):
