@@ -147,7 +147,7 @@ def supervised_step(network, groups, loss_of, c, args, device):
 
 
 def finetune_step(c, args, device):
-    flags = finetune.parse_args(["--model", c.preset, "--init", "scratch"])
+    flags = finetune.complete(finetune.parse_args(["--model", c.preset, "--init", "scratch"]))
     network, _ = finetune.build(flags, None, list(range(CLASSES)))
     network = network.to(device)
     groups = finetune.layer_decay_groups(network, flags.weight_decay, flags.layer_decay)
