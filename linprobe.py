@@ -32,6 +32,7 @@ from support.args import check_range, fill_in, number, run_parser, whole
 from support.features import WithCrops, store_features
 from support.files import Log, UserError, describe_run, rounded, write_file
 from support.optim import adamw, cosine_schedule, set_lr
+from support.probe_tables import grid_of_heads, sources_compared
 from support.process import join_processes, launch, seed_all
 from support.run import dry_run, find_resume_file
 
@@ -92,8 +93,8 @@ def mean_and_variance(features, rows, chunk=4096):
 def input_scale(variance, norm):
     """What the centred input of a head is multiplied by.  variance (L, F') -> (L, F')
 
-    "batchnorm" divides each feature by its own spread, "none" all features of a layer by one number
-    (the head could do that itself; it makes one rate fit all layers).
+    "batchnorm" divides each feature by its own spread, "none" all of a layer by one number, so that
+    one rate fits all layers.
     Differs from MAE's probe: its BatchNorm has the statistics of a batch, ours those of all images.
     """
     overall = variance.mean(dim=1, keepdim=True).expand_as(variance)
@@ -106,10 +107,9 @@ def input_scale(variance, norm):
 class LinearHeads(nn.Module):
     """Linear classifiers on one read-out with one norm: a head for each layer and setting.
 
-    All of them are one batched product. In a loop, the 126 nn.Linear of tiny took 3.5 times as long
-    and those of base as long.
-    Differs from BEiT v1's probe: heads start at zero. The problem is convex, so the start is
-    forgotten.
+    All of them are one batched product: a loop over the 126 nn.Linear of tiny took 3.5 times as
+    long, and one over those of base as long.
+    Differs from BEiT v1's probe: heads start at zero. (Convex: the start is forgotten.)
     """
 
     def __init__(self, kind, variance, norm, settings, classes):
@@ -287,12 +287,9 @@ def load_source(name, args, device):
         initialise(model, preset.get("init_std", 0.02), cut=1.0, convolutions=True)
         rescale_residual_branches(model.blocks)              # as pre-training starts
     else:
-        stage = "vqkd" if name == "tokenizer" else "pretrain"
-        path = args.checkpoint or args.out / f"{stage}.pt"
-        if name == "tokenizer":
-            path = args.out / "vqkd.pt"
-        command = f"python {stage}.py --model {args.model} --out {args.out}"
-        checkpoint = weights.read(path, remedy=f"make it with {command}")
+        script = "vqkd.py" if name == "tokenizer" else "pretrain.py"
+        command = f"python {script} --model {args.model} --out {args.out}"
+        checkpoint = weights.read(file_of(name, args), remedy=f"make it with {command}")
         # The tokenizer's pixel range is folded into its first layer, so all take the same input.
         model, _, report = weights.load_backbone(checkpoint, pool=None, image_size=args.image_size)
         # The paper reads [CLS] if patch aggregation trained it; otherwise we read the patch mean.
@@ -303,6 +300,13 @@ def load_source(name, args, device):
     layers = [str(block + 1) for block in range(first, model.depth)] + ["norm"]
     settings = [(rate, args.weight_decay) for rate in args.rates]
     return Source(name, model, model.image_size[0], layers, settings, paper=paper)
+
+
+def file_of(name, args):
+    """The checkpoint that a source is read from."""
+    if name == "tokenizer":
+        return args.out / "vqkd.pt"
+    return args.checkpoint or args.out / "pretrain.pt"
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -375,7 +379,7 @@ def run_probe(source, args, process, log):
     images = torch.arange(len(train_set)) * views
     neighbours = score_knn("knn", paper, probe, train, images, val)
     neighbours |= score_knn("knn_best", best, probe, train, images, val)
-    print(format_table(source.name, table, best, paper, neighbours), flush=True)
+    print(grid_of_heads(source.name, table, best, paper), flush=True)
     summary = dict(
         source=source.name, **without(best, "at", "paper"), paper_top1=paper["top1"],
         paper_top5=paper["top5"], paper_reading=f"{paper['block']} {paper['readout']}",
@@ -401,25 +405,6 @@ def score_knn(name, row, probe, train, rows, val):
 
 def without(row, *names):
     return {name: value for name, value in row.items() if name not in names}
-
-
-def format_table(name, table, best, paper, neighbours):
-    """A line per layer, a column per read-out and norm: validation top-1."""
-    titles = dict.fromkeys(f"{row['readout']}/{row['norm']}" for row in table)
-    lines = [f"{name:10}" + "".join(f"{title:>18}" for title in titles)]
-    for row in table:
-        if row["at"][2] == 0:
-            lines.append(f"{row['block']:>10}")
-        marks = "*" * (row is best) + "p" * (row is paper)
-        lines[-1] += f"{row['top1']:>16.1f}{marks:2}"
-    knn10, knn20, best10, best20 = neighbours.values()
-    return "\n".join([
-        *lines,
-        f"  * chosen on held-out training images: top-1 {best['top1']:.2f}, "
-        f"top-5 {best['top5']:.2f} (rate {best['rate']:g}, weight decay {best['weight_decay']:g})",
-        f"  p the paper's reading: {paper['top1']:.2f}",
-        f"  k-NN (k = 10, 20) on the features of p: {knn10:.2f}, {knn20:.2f}; "
-        f"of *: {best10:.2f}, {best20:.2f}"])
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -459,10 +444,8 @@ def main(argv=None):
     process = join_processes(args.device, args.amp)
     args.amp = process.amp
     stage = "linprobe" if args.source in ("pretrain", "all") else f"linprobe_{args.source}"
-    probed = args.checkpoint or args.out / "pretrain.pt"
-    if args.source == "tokenizer":
-        probed = args.out / "vqkd.pt"
     done = args.out / f"{stage}.pt"
+    probed = file_of(args.source, args)
     if done.exists() and probed.exists() and done.stat().st_mtime < probed.stat().st_mtime:
         args.fresh = True                    # a probe of an earlier network: set it aside
     find_resume_file(stage, args, process)   # ends here if this probe is done
@@ -470,42 +453,38 @@ def main(argv=None):
     names = (*SOURCES, "pixels") if args.source == "all" else (args.source,)
     sources = [load_source(name, args, process.device) for name in names]
     log = Log(args.out / f"{stage}.jsonl", args, process)
-    results = [run_probe(source, args, process, log) for source in sources]
+    results = []
+    for source in sources:
+        results.append(run_probe(source, args, process, log))
+        if process.is_main and not args.cache:
+            shutil.rmtree(feature_folder(args))
     if not process.is_main:
         return None
-    if not args.cache:
-        shutil.rmtree(feature_folder(args))
     summaries = [summary for summary, _ in results]
     for summary in summaries:
         log(summary=1, **summary)
         print(json.dumps(rounded(dict(summary=1, **summary))))
     if len(summaries) > 1:
-        print(f"{'source':>10} {'top-1':>7} {'paper':>7} {'k-NN':>7}   chosen")
-        for r in summaries:
-            print(f"{r['source']:>10} {r['top1']:7.2f} {r['paper_top1']:7.2f} {r['knn']:7.2f}   "
-                  f"block {r['block']}, {r['readout']}, {r['norm']}")
+        print(sources_compared(summaries))
     first, (weight, bias) = results[0]
-    facts = {name: first[name] for name in ("block", "readout", "norm", "rate")}
     model = dict(weight=weight.cpu(), bias=bias.cpu())                   # (C, F'), (C,)
-    write_file(done, describe_run(stage, args) | facts | dict(
-        model=model, result=first, sources=summaries))
+    write_file(done, describe_run(stage, args) | dict(
+        model=model, block=first["block"], readout=first["readout"], norm=first["norm"],
+        rate=first["rate"], result=first, sources=summaries))
     return first
 
 
 def describe(args):
     """--dry-run: the recipe and the sizes of features and heads."""
-    preset = PRESETS[args.model]
-    layers = min(args.blocks, preset["depth"]) + 1
-    width = 2 * preset["width"]
+    layers = min(args.blocks, PRESETS[args.model]["depth"]) + 1
+    width = 2 * PRESETS[args.model]["width"]
     classes = {"shapes": 10, "cifar10": 10, "cifar100": 100}.get(args.data, 1000)
     with torch.device("meta"):               # shapes without numbers
-        statistics = torch.ones(2, layers, width)
-        probe = Probe(*statistics, READOUTS, args.rates, classes)
+        probe = Probe(*torch.ones(2, layers, width), READOUTS, args.rates, classes)
     heads = len(probe.groups) * layers * len(args.rates)
     gigabytes = layers * width * 2 * 1281167 / 1e9
-    dry_run(args, probe, f"{heads} heads of {classes} classes: {layers} layers, {len(READOUTS)} "
-            f"read-outs, {len(NORMS)} norms, {len(args.rates)} rates",
-            f"{layers * width} features per image, for ImageNet {gigabytes:.0f} GB in float16")
+    dry_run(args, probe, f"{heads} heads of {classes} classes", f"{layers * width} features per "
+            f"image, for ImageNet {gigabytes:.0f} GB in float16")
 
 
 if __name__ == "__main__":
