@@ -28,8 +28,7 @@ from model import PRESETS, ViT, imagenet_normalize, initialise
 from support import data, transforms, weights
 from support.args import check_preset, fill_in, number, run_parser, whole
 from support.files import Log, UserError, rounded
-from support.labels import (
-    Few, choose_labels, number_by_name, open_for_classifier, open_labelled, read_classes)
+from support.labels import open_for_classifier, open_sets
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
 from support.process import launch, seed_all
 from support.run import Run, dry_run
@@ -68,7 +67,7 @@ TO_21K = {               # to such a classifier, with --intermediate. It has no 
     "warmup_epochs": 20, "layer_decay": 0.75, "evaluations": 0}
 
 
-# --- method ---------------------------------------------------------------------------------------
+# --- method: rates, targets, head -----------------------------------------------------------------
 def layer_of(name, depth):
     """The layer of a parameter: 0 for the embeddings, i + 1 for block i, depth + 1 for the rest.
 
@@ -160,7 +159,7 @@ def build(args, checkpoint, classes):
     return model, report
 
 
-# --- measuring ------------------------------------------------------------------------------------
+# --- method: accuracy -----------------------------------------------------------------------------
 def class_logits(model, images, run):
     """Logits (B, C) of uint8 images (B, 3, H, W), the head in float32.
 
@@ -199,28 +198,11 @@ def evaluate(model, dataset, run):
                 images=round(count))
 
 
-class Best:
-    """The best top-1 so far and its epoch. Papers report it; the file keeps the last weights."""
-
-    def __init__(self):
-        self.facts = {}
-
-    def update(self, result, epoch):
-        if result["top1"] > self.facts.get("best_top1", -1):
-            self.facts = dict(best_top1=result["top1"], best_epoch=epoch)
-
-    def state_dict(self):
-        return self.facts
-
-    def load_state_dict(self, facts):
-        self.facts = dict(facts)
-
-
 # --- training -------------------------------------------------------------------------------------
 def train(args, checkpoint):
     """The run that the arguments describe, from `checkpoint` (see build).  -> last evaluation"""
     run = Run(stage_of(args), args)
-    train_set, val_set = open_sets(args, run)
+    train_set, val_set = open_images(args, run)
     classes = list(train_set.classes)
     refuse_odd_batches(args, run.world_size)
 
@@ -267,6 +249,23 @@ def train(args, checkpoint):
     return run.finish(result | best.facts, init=args.init)
 
 
+class Best:
+    """The best top-1 so far and its epoch. Papers report it; the file keeps the last weights."""
+
+    def __init__(self):
+        self.facts = {}
+
+    def update(self, result, epoch):
+        if result["top1"] > self.facts.get("best_top1", -1):
+            self.facts = dict(best_top1=result["top1"], best_epoch=epoch)
+
+    def state_dict(self):
+        return self.facts
+
+    def load_state_dict(self, facts):
+        self.facts = dict(facts)
+
+
 def stage_of(args):
     """The name of a run's files. The classifier of ImageNet-21k has a name of its own."""
     return "finetune_21k" if args.intermediate else "finetune"
@@ -283,8 +282,8 @@ def describe(args, report):
 
 
 # --- data -----------------------------------------------------------------------------------------
-def open_sets(args, process):
-    """-> training images, held-out images (None if nothing is evaluated); both with labels."""
+def open_images(args, process):
+    """-> augmented training images, held-out images (None if nothing is evaluated)."""
     randaugment = None if args.randaugment in ("none", "") else args.randaugment
     try:
         augment = transforms.FinetuneTransform(
@@ -293,21 +292,8 @@ def open_sets(args, process):
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"--randaugment {args.randaugment} is not understood by timm: "
                         f"give {RANDAUGMENT}, for example, or none") from error
-    train_set = open_labelled(args.data, "train", augment, args, alone=not args.evaluations)
-    val_set = None
-    if args.evaluations:
-        still = transforms.EvalTransform(args.image_size)
-        val_set = open_labelled(args.data, "val", still, args)
-    data.leave_out_bad(args, process, train_set, val_set)
-    if args.classes:                     # the head gets these classes in this order
-        names = read_classes(args.classes)
-        number_by_name(train_set, names, args.classes)
-        if val_set is not None:
-            number_by_name(val_set, names, args.classes)
-    if args.labels_per_class:
-        chosen = choose_labels(train_set.labels, args.labels_per_class, args.seed)
-        train_set = Few(train_set, chosen)
-    return train_set, val_set
+    still = transforms.EvalTransform(args.image_size)
+    return open_sets(args, process, augment, still)
 
 
 def refuse_odd_batches(args, processes):
@@ -391,30 +377,16 @@ def start_file(args):
 def read_start(args):
     """The file to start from, or with --eval to measure; read once.  -> Checkpoint or None
 
-    None: random weights, or a dry run without the file. Raises UserError if the file is missing or
-    of another kind or size than the flags say.
+    None: random weights, or a dry run without the file.
     """
     path = args.checkpoint
     if path is None or (args.dry_run and not path.is_file()):
         return None
-    needs_classifier = args.eval or args.init == "21k"
-    script = "finetune.py" if needs_classifier else "pretrain.py"
+    classifier = args.eval or args.init == "21k"
+    script = "finetune.py" if classifier else "pretrain.py"
     if path.stem == "finetune_21k":
         script += " --intermediate"
-    checkpoint = weights.read(path, remedy=(
-        f"make it with python {script} --model {args.model} --out {path.parent}, "
-        f"or give --checkpoint FILE, ours or released"))
-    weights.check_width(checkpoint, args.model)
-    if checkpoint.kind == "finetune" and not needs_classifier:
-        raise UserError(f"{path} is a classifier already: use --init 21k to go on from it")
-    if checkpoint.kind != "finetune" and needs_classifier:
-        raise UserError(f"{path} is no classifier: use --init pretrain, or make one with "
-                        f"python finetune.py")
-    weights.check_patch_size(checkpoint, args.patch_size)
-    image_size = checkpoint.backbone["image_size"]
-    if args.image_size is None and not isinstance(image_size, int):
-        raise UserError(f"{path} was trained on images of {image_size}: choose one --image-size")
-    return checkpoint
+    return weights.read_start(args, script, classifier)
 
 
 def recipe_for(preset, pretrain_epochs=None, init="pretrain", intermediate=False):

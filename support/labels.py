@@ -1,6 +1,6 @@
 """Labels of a data set: which images may show theirs, and which logit each class has.
 
-    open_labelled                  a labelled data set, also from DIR/CLASS/*
+    open_sets, open_labelled       labelled data sets, also from DIR/CLASS/*
     choose_labels, Few             --labels-per-class: train on a few images of each class
     read_classes, number_by_name   --classes: names of the logits, in their order
 """
@@ -28,6 +28,28 @@ def open_labelled(name, split, transform, args, alone=False):
     below = os.path.join(name, split)
     root = below if os.path.isdir(below) else name
     return open_class_folders(root, transform, args.seed, args.limit)
+
+
+def open_sets(args, process, augment, still):
+    """-> training images, held-out images (None if nothing is evaluated); both with labels.
+
+    augment, still: the transforms of the two. Honours --on-bad-image, --classes (the classes get
+    the numbers of that list) and --labels-per-class.
+    """
+    train_set = open_labelled(args.data, "train", augment, args, alone=not args.evaluations)
+    val_set = None
+    if args.evaluations:
+        val_set = open_labelled(args.data, "val", still, args)
+    data.leave_out_bad(args, process, train_set, val_set)
+    if args.classes:
+        names = read_classes(args.classes)
+        number_by_name(train_set, names, args.classes)
+        if val_set is not None:
+            number_by_name(val_set, names, args.classes)
+    if args.labels_per_class:
+        chosen = choose_labels(train_set.labels, args.labels_per_class, args.seed)
+        train_set = Few(train_set, chosen)
+    return train_set, val_set
 
 
 # --- few labels -----------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ def test_a_class_list_gives_the_head_its_classes_and_their_order(pretrained):
     (pretrained / "names").write_text("d\nc\nb\na\n")
     args, _ = started("--out", str(pretrained), "--data", str(pretrained / "some"),
                       "--evaluations", "0", "--classes", str(pretrained / "names"))
-    train_set, val_set = finetune.open_sets(args, Process())
+    train_set, val_set = finetune.open_images(args, Process())
     assert val_set is None and train_set.classes == ["d", "c", "b", "a"]
     assert train_set.labels.tolist() == 4 * [2] + 4 * [0]                        # b, then d
     assert [train_set[0, i][1] for i in (0, 7)] == [2, 0]
