@@ -341,7 +341,7 @@ def feature_folder(args):
     return args.cache or args.out / "linprobe.features"
 
 
-# --- training: all heads of one source -----------------------------------------------------------
+# --- training: all heads of one source ------------------------------------------------------------
 def run_probe(source, args, process, log):
     """Everything for one source.  -> its summary, its best head (rank 0; None, None elsewhere)"""
     begin = time.time()
