@@ -97,26 +97,32 @@ def regress(target):
     """No codes: both heads regress a teacher's features at hidden patches.
 
     MAE does so with pixels, MaskFeat with HOG. The features of each patch are scaled to mean square
-    1; the loss is the mean squared error.
+    1; the loss is the mean squared error. The "codes" that the loop then sees are the numbers of
+    the patches of the batch, by which the loss finds their features.
     """
+    latest = {}                              # the features of the batch, (B N, C)
+
     def stand_in(path, device="cpu"):
         encoder = vqkd.load_tokenizer(path, device).encoder  # only for its sizes
         teacher = teachers.build_teacher(target, encoder.grid, encoder.patch_size, device)
 
         def encode(images):
-            return F.normalize(teacher(images), dim=-1) * teacher.dim ** 0.5
+            t = F.normalize(teacher(images), dim=-1) * teacher.dim ** 0.5        # (B, N, C)
+            latest["t"] = t.flatten(0, 1)
+            return torch.arange(len(latest["t"]), device=t.device).view(t.shape[:2])
 
         quantize = types.SimpleNamespace(cluster_size=torch.zeros(teacher.dim))
         return types.SimpleNamespace(encoder=encoder, encode=encode, quantize=quantize)
 
-    def loss(o, o_cls, t):
+    def loss(o, o_cls, z):
+        t = latest["t"][z]                                   # (M, C)
         loss_mim = F.mse_loss(o.float(), t)
         loss_cls = F.mse_loss(o_cls.float(), t)
         return loss_mim + loss_cls, (loss_mim.detach(), loss_cls.detach())
 
     return {"pretrain.load_tokenizer": stand_in, "pretrain.mim_loss": loss,
             "pretrain.commonest_codes": lambda *_: None,
-            "pretrain.accuracy": lambda o, t: math.nan, "pretrain.evaluate": lambda *_: {}}
+            "pretrain.accuracy": lambda o, z: math.nan, "pretrain.evaluate": lambda *_: {}}
 
 
 # --- the rows -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pretrain
 import vqkd
 from conftest import log_lines, stage
 from results import ablate
+from support import teachers
 from support.shapes import Shapes
 
 
@@ -59,12 +60,16 @@ def test_regression_asks_for_features_of_mean_square_one(tmp_path):
     torch.save(dict(model=tokenizer.state_dict(), arch=dict(heads=4)), tmp_path / "vqkd.pt")
     change = ablate.regress("pixel")
     target = change["pretrain.load_tokenizer"](tmp_path / "vqkd.pt")
-    t = target.encode(torch.rand(2, 3, 48, 48))
-    assert t.shape == (2, 36, 192) and len(target.quantize.cluster_size) == 192
-    torch.testing.assert_close(t.square().mean(-1), torch.ones(2, 36))
-    loss, _ = change["pretrain.mim_loss"](torch.zeros_like(t), t, t)
+    images = torch.rand(2, 3, 48, 48)
+    z = target.encode(images)
+    assert z.shape == (2, 36) and len(target.quantize.cluster_size) == 192
+    hidden = z[:, 5:12].flatten()                            # (M,), as the loop chooses them
+    t = teachers.build_teacher("pixel", (6, 6), 8, "cpu")(images)[:, 5:12].flatten(0, 1)
+    t = t * t.square().mean(-1, keepdim=True).rsqrt()        # mean square 1
+    loss, (loss_mim, loss_cls) = change["pretrain.mim_loss"](torch.zeros_like(t), t, hidden)
     # The first head guesses 0 and pays 1. The second is right and pays nothing.
-    assert loss.item() == pytest.approx(1)
+    assert loss.item() == pytest.approx(1) and loss_mim.item() == pytest.approx(1)
+    assert loss_cls.item() == pytest.approx(0, abs=1e-10)
 
 
 def test_rows_that_change_only_stage_2_share_the_base_tokenizer():
