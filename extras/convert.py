@@ -36,7 +36,7 @@ PRETRAINING = r"mask_token|(lm_head|cls_pt_\w+)\..*"     # timm has no place for
 RUN_STATE = "optimizer", "scaler", "lr_scheduler", "model_ema", "amp", "health"
 
 ABOUT = {                # kind: what it is, and the commands that take it
-    "vqkd": ("VQ-KD tokenizer", "pretrain.py --tokenizer", "vqkd.py --encode IMAGES --init"),
+    "vqkd": ("VQ-KD tokenizer", "pretrain.py --tokenizer", "-m extras.features"),
     "pretrain": ("pre-trained backbone with its heads", "finetune.py --checkpoint",
                  "linprobe.py --checkpoint", "segment.py --checkpoint"),
     "finetune": ("classifier", "finetune.py --eval --checkpoint",

@@ -41,7 +41,8 @@ PAPER = {"clip": "open_clip:ViT-B-16-quickgelu@openai", "dino": "timm:vit_base_p
 def build_teacher(name, grid, patch_size, device):
     """-> the teacher called `name`, on the student's `grid` (gh, gw) of `patch_size` pixels.
 
-    It has name, grid, dim = C, and a short label and a width of each part: names, dims.
+    It has name, grid, dim = C, and of each part a short label and a width: names, dims. Both
+    together are widths = {label: width}.
     UserError if there is no such teacher, or its weights cannot be had.
     """
     grid = tuple(grid)
@@ -54,6 +55,7 @@ def build_teacher(name, grid, patch_size, device):
     labels = [part.partition("@")[0].partition(":")[2] or part for part in parts]
     teacher.names = tuple(label if labels.count(label) == 1 else f"{label}_{i}"
                           for i, label in enumerate(labels, 1))
+    teacher.widths = dict(zip(teacher.names, teacher.dims, strict=True))
     return teacher
 
 
@@ -89,6 +91,19 @@ def build_one(name, grid, patch_size, device):
         return TimmTeacher(model, weights, grid, device)
     raise UserError(f"--teacher {name} is not known: choose from {NAMES}; "
                     f"larger than clip is open_clip:ViT-L-14-quickgelu@openai")
+
+
+def each_cosine(o, t, widths):
+    """The mean cosine to each of several teachers.  o, t (B, N, C), widths {label: part of C}
+
+    -> {"cosine_clip": (), "cosine_dino": ()}. With one teacher, or without widths, it is {}.
+    """
+    if widths is None or len(widths) == 1:
+        return {}
+    sizes = list(widths.values())
+    parts = zip(widths, o.split(sizes, dim=-1), t.split(sizes, dim=-1), strict=True)
+    return {f"cosine_{label}": F.cosine_similarity(one, other, dim=-1).mean()
+            for label, one, other in parts}
 
 
 class SideBySide:

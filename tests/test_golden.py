@@ -108,7 +108,7 @@ def vqkd_model(g, tmp_path):
     # Loaded as a released file would be. Nothing else tells its heads, as they have not 64 numbers.
     file = dict(model=g["state_dict"], arch=dict(heads=c["num_heads"]))
     torch.save(file, tmp_path / "released.pt")
-    vqkd.load_state(model, tmp_path / "released.pt")
+    vqkd.continue_from(model, tmp_path / "released.pt")
     read = vqkd.load_tokenizer(tmp_path / "released.pt").state_dict()        # sizes from the file
     assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
     return model

@@ -115,7 +115,7 @@ def test_a_tokenizer_is_read_with_the_sizes_of_its_file(tmp_path, sizes):
     torch.testing.assert_close(tokens, model.encoder(images * 2 - 1), atol=1e-4, rtol=1e-4)
 
     on_top = fill(vqkd.VQKD(patch_size=8, **sizes), seed=5)              # --init
-    vqkd.load_state(on_top, path)
+    vqkd.continue_from(on_top, path)
     assert same(on_top.encode(images), model.encode(images))
 
 
@@ -256,7 +256,7 @@ def test_what_does_not_fit_a_network_is_one_sentence(tmp_path, damage, sentence)
     else:
         state["quantize.embedding.weight"] = torch.full((21, 5), torch.inf)
     torch.save(dict(model=state, arch=model.arch()), tmp_path / "vqkd.pt")
-    for load in (vqkd.load_tokenizer, lambda path: vqkd.load_state(model, path)):
+    for load in (vqkd.load_tokenizer, lambda path: vqkd.continue_from(model, path)):
         with pytest.raises(UserError, match=sentence) as error:
             load(tmp_path / "vqkd.pt")
         assert "\n" not in str(error.value)
@@ -268,7 +268,7 @@ def test_going_on_from_a_tokenizer_with_other_heads_is_refused(tmp_path):
                  code_dim=4, teacher_dims=[5])
     path = save("vqkd", vqkd.VQKD(heads=3, **sizes), tmp_path / "vqkd.pt")
     with pytest.raises(UserError, match="3 attention heads"):
-        vqkd.load_state(vqkd.VQKD(heads=4, **sizes), path)
+        vqkd.continue_from(vqkd.VQKD(heads=4, **sizes), path)
 
 
 def test_a_file_of_another_kind_is_refused_by_every_reader(tmp_path):

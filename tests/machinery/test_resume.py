@@ -145,12 +145,12 @@ sys.path.insert(0, sys.argv[1])
 import vqkd
 from support.files import UserError
 from support.process import launch
-real = vqkd.CodebookWatch.look
+real = vqkd.CodebookHealth.notice_collapse
 def fail(self, counts, run):
     if run.step == 4 and os.environ["RANK"] == "1":
         raise UserError("this rank fails on purpose: put it right")
     return real(self, counts, run)
-vqkd.CodebookWatch.look = fail
+vqkd.CodebookHealth.notice_collapse = fail
 launch(lambda: vqkd.main(sys.argv[2:]))
 """
 
