@@ -29,23 +29,23 @@ from vqkd import load_tokenizer
 
 
 def tokens_of(path, device):
-    """-> image size (H, W), function from images (B, 3, H, W) in [0, 1] to {"ids": (B, gh, gw)}"""
+    """-> side of an image, function from images (B, 3, H, W) in [0, 1] to {"ids": (B, gh, gw)}"""
     tokenizer = load_tokenizer(path, device)
 
     def encode(images):
         return {"ids": tokenizer.encode(images).unflatten(1, tokenizer.encoder.grid)}
-    return tokenizer.encoder.image_size, encode
+    return tokenizer.encoder.image_size[0], encode
 
 
 def features_of(path, device):
-    """-> image size (H, W), function from images (B, 3, H, W) to {"cls", "patches"}: (B, D) each"""
+    """-> side of an image, function from images (B, 3, H, W) to {"cls", "patches"}: (B, D) each"""
     backbone, _, _ = weights.load_backbone(path, pool=None)
     backbone = backbone.to(device).eval()
 
     def encode(images):
         tokens = backbone(imagenet_normalize(images))        # (B, 1 + N, D)
         return {"cls": tokens[:, 0], "patches": tokens[:, 1:].mean(dim=1)}
-    return backbone.image_size, encode
+    return backbone.image_size[0], encode
 
 
 @torch.no_grad()
@@ -89,8 +89,8 @@ def main(argv=None):
     args = parse_args(argv)
     process = join_processes(args.device)
     read = tokens_of if args.what == "tokens" else features_of
-    image_size, encode = read(args.checkpoint, process.device)
-    dataset = open_images(args.images, transforms.EvalTransform(image_size[0]))
+    side, encode = read(args.checkpoint, process.device)
+    dataset = open_images(args.images, transforms.EvalTransform(side))
     bad = argparse.Namespace(on_bad_image=args.on_bad_image, workers=args.workers,
                              out=args.out.parent)
     data.leave_out_bad(bad, process, dataset)
