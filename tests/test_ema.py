@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support import data, engine, transforms
 import vqkd
-from vqkd import Codebook, code_sums, codebook_usage, ema_update, kmeans, l2, nearest_code
+from support import data, transforms
+from support.codebook import codebook_usage
+from support.process import Process
+from vqkd import Codebook, code_sums, ema_update, kmeans, l2, nearest_code
 
 
 def test_code_sums_equal_the_one_hot_product():
@@ -42,7 +44,7 @@ def test_decay_0_jumps_to_the_mean_direction_and_decay_1_stands_still():
 
 
 def test_ema_points_where_the_codebook_term_points():
-    """The term of Eq. (2) that is not trained, || sg[l2(h)] - l2(v) ||^2, would move each code the same way."""
+    # The term of Eq. (2) that is not trained: || sg[l2(h)] - l2(v) ||^2.
     book = l2(torch.randn(6, 8)).requires_grad_()
     h = l2(torch.randn(200, 8))
     z = nearest_code(h, book.detach())
@@ -56,7 +58,7 @@ def test_the_moving_average_is_applied_to_sums_over_all_micro_batches():
     book, h = l2(torch.randn(10, 8)), l2(torch.randn(40, 8))
     z = nearest_code(h, book)
     whole = code_sums(h, z, 10)
-    parts = [code_sums(a, b, 10) for a, b in zip(h.split(13), z.split(13))]
+    parts = [code_sums(a, b, 10) for a, b in zip(h.split(13), z.split(13), strict=True)]
     torch.testing.assert_close(sum(p[0] for p in parts), whole[0])
     assert torch.equal(sum(p[1] for p in parts), whole[1])
 
@@ -75,12 +77,15 @@ def test_an_empty_kmeans_cluster_keeps_its_centre():
 
 
 def test_kmeans_is_ten_rounds_of_the_nearest_centre_and_the_normalised_mean():
-    x, centres = l2(torch.randn(300, 3)), l2(torch.randn(8, 3))              # no clusters: each round moves the centres
+    # These vectors form no clusters, so every round moves the centres.
+    x, centres = l2(torch.randn(300, 3)), l2(torch.randn(8, 3))
     by_hand = centres.clone()
     for _ in range(10):
         z = torch.tensor([max(range(8), key=lambda k: float(v @ by_hand[k])) for v in x])
-        by_hand = torch.stack([x[z == k].mean(0) / x[z == k].mean(0).norm() if (z == k).any() else by_hand[k]
-                               for k in range(8)])
+        for k in range(8):
+            if (z == k).any():
+                mean = x[z == k].mean(0)
+                by_hand[k] = mean / mean.norm()
     found, counts = kmeans(x, centres)
     torch.testing.assert_close(found, by_hand)
     assert counts.sum() == 300
@@ -88,22 +93,41 @@ def test_kmeans_is_ten_rounds_of_the_nearest_centre_and_the_normalised_mean():
 
 def test_the_first_codes_are_drawn_once_each_from_unit_vectors_of_different_images(monkeypatch):
     args, seen = vqkd.parse_args(["--codes", "100", "--encoder-depth", "1", "--amp", "no"]), []
-    monkeypatch.setattr(vqkd, "kmeans", lambda x, start: (seen.append((x, start)), kmeans(x, start))[1])
-    model, images = vqkd.build(args, (144,)), data.open_data("shapes", "train", transforms.EvalTransform(48), limit=5)
-    vqkd.kmeans_start(model, images, args, engine.Process(0, 1, torch.device("cpu")))
+
+    def watched(x, start):
+        seen.append((x, start))
+        return kmeans(x, start)
+
+    monkeypatch.setattr(vqkd, "kmeans", watched)
+    model = vqkd.build(args, (144,))
+    images = data.open_data("shapes", "train", transforms.EvalTransform(48), limit=5)
+    vqkd.kmeans_start(model, images, args, Process())
     (x, start), = seen
-    assert x.shape == (5 * 36, 16) and len(x.unique(dim=0)) == 180           # every image, none twice
+    assert x.shape == (5 * 36, 16) and len(x.unique(dim=0)) == 180       # every image, none twice
     torch.testing.assert_close(x.norm(dim=-1), torch.ones(180))
     assert len(start.unique(dim=0)) == 100 and (start[:, None] == x).all(-1).any(1).all()
     assert torch.equal(model.quantize.embedding.weight, kmeans(x, start)[0])
-    assert torch.equal(model.quantize.cluster_size, torch.ones(100))         # none counts as dead from the start
+    assert torch.equal(model.quantize.cluster_size, torch.ones(100))     # none is dead at first
 
 
-@pytest.mark.parametrize("counts, used, perplexity", [([5, 5, 5, 5], 4, 4.0), ([9, 0, 0, 0], 1, 1.0), ([3, 3, 0, 0], 2, 2.0)])
+def test_more_codes_than_vectors_start_as_random_unit_vectors_with_a_warning(capsys):
+    args = vqkd.parse_args(["--codes", "100", "--encoder-depth", "1", "--amp", "no"])
+    model = vqkd.build(args, (144,))
+    images = data.open_data("shapes", "train", transforms.EvalTransform(48), limit=1)
+    vqkd.kmeans_start(model, images, args, Process())
+    codes = model.quantize.embedding.weight
+    assert "only 36 vectors for 100 codes" in capsys.readouterr().err
+    assert len(codes.unique(dim=0)) == 100
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(100))
+
+
+@pytest.mark.parametrize("counts, used, perplexity", [
+    ([5, 5, 5, 5], 4, 4.0), ([9, 0, 0, 0], 1, 1.0), ([3, 3, 0, 0], 2, 2.0)])
 def test_perplexity_is_the_number_of_equally_used_codes(counts, used, perplexity):
     usage = codebook_usage(torch.tensor(counts))
     assert usage["codes_used"] == used and usage["dead_codes"] == 4 - used
-    assert usage["perplexity"] == pytest.approx(perplexity) and usage["entropy"] == pytest.approx(math.log(perplexity))
+    assert usage["perplexity"] == pytest.approx(perplexity)
+    assert usage["entropy"] == pytest.approx(math.log(perplexity))
 
 
 def test_the_codebook_is_no_parameter_of_the_optimiser():

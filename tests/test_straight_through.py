@@ -23,11 +23,17 @@ def test_straight_through_gives_the_code_no_gradient():
 
 
 def test_the_decoder_teaches_the_encoder_through_the_codes():
-    model, images, seen = VQKD(16, 8, 32, 1, 2, 1, 12, 4, (5,)), torch.rand(2, 3, 16, 16), []
+    model = VQKD(16, 8, 32, 1, 2, decoder_depth=1, codes=12, code_dim=4, teacher_dims=(5,))
     model.quantize.embedding.weight.copy_(l2(torch.randn(12, 4)))
-    model.decoder.patch_embed.register_full_backward_hook(lambda layer, grad_in, grad_out: seen.append(grad_in[0]))
-    o, h, v, z = model(images)
+    seen = []
+
+    def keep(layer, grad_in, grad_out):
+        seen.append(grad_in[0])                              # what reaches the map of codes
+
+    model.decoder.patch_embed.register_full_backward_hook(keep)
+    o, h, v, z = model(torch.rand(2, 3, 16, 16))
     h.retain_grad()
     o.sum().backward()
-    torch.testing.assert_close(h.grad, seen[0].flatten(2).transpose(1, 2))   # what reaches the code, reaches h
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encode_task_layer.parameters())
+    torch.testing.assert_close(h.grad, seen[0].flatten(2).transpose(1, 2))   # ... reaches h
+    for p in model.encode_task_layer.parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0

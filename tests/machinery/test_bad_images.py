@@ -12,6 +12,7 @@ import linprobe
 import pretrain
 import segment
 import vqkd
+from extras import features
 from model import PRESETS, ViT
 from support import data
 from support.files import write_file
@@ -141,7 +142,7 @@ def test_images_of_any_name_are_encoded_under_their_names(tokenizer, tmp_path):
     paths = [tmp_path / "images" / odd / f"{odd}.png" for odd in ODD_NAMES]
     for i, path in enumerate(paths):
         save(path, noise(seed=i))
-    vqkd.main([*QUICK, "--out", str(tokenizer), "--encode", str(tmp_path / "images")])
+    features.main([str(tokenizer / "vqkd.pt"), str(tmp_path / "images")])
     with np.load(tokenizer / "tokens.npz") as tokens:
         assert tokens["ids"].shape == (len(ODD_NAMES), 6, 6)
         assert sorted(tokens["names"]) == sorted(map(str, paths))
@@ -149,9 +150,9 @@ def test_images_of_any_name_are_encoded_under_their_names(tokenizer, tmp_path):
 
 def test_the_codes_of_readable_images_are_written(tokenizer, tmp_path):
     spoil(fill(tmp_path / "images"))
-    flags = [*QUICK, "--out", str(tokenizer), "--encode", str(tmp_path / "images")]
-    assert "remove it" in sentence(vqkd.main, flags)
-    vqkd.main(flags + SKIP)
+    flags = [str(tokenizer / "vqkd.pt"), str(tmp_path / "images")]
+    assert "remove it" in sentence(features.main, flags)
+    features.main(flags + SKIP)
     with np.load(tokenizer / "tokens.npz") as tokens:
         assert len(tokens["ids"]) == len(tokens["names"]) == 11
 

@@ -77,22 +77,13 @@ def test_the_same_command_again_is_done_and_another_one_is_refused(run, name, fl
     assert {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in run.iterdir()} == before
 
 
-def test_encode_writes_the_ids_that_the_tokenizer_gives(run, tmp_path):
+def test_extras_features_writes_the_ids_that_the_tokenizer_gives(run, tmp_path):
     images = data.open_data("shapes", "val", limit=3, labelled=False)
     (tmp_path / "images").mkdir()
     for i in range(3):
         to_pil_image(images[i][0]).save(tmp_path / "images" / f"{i}.png")
-    stage(
-        "vqkd.py",
-        "--init",
-        run / "vqkd.pt",
-        "--encode",
-        tmp_path / "images",
-        "--out",
-        tmp_path,
-        "--device",
-        "cpu",
-    )
+    stage("extras.features", run / "vqkd.pt", tmp_path / "images", "--out",
+          tmp_path / "tokens.npz", "--device", "cpu")
     written = np.load(tmp_path / "tokens.npz")
     ids = vqkd.load_tokenizer(run / "vqkd.pt").encode(
         torch.stack([images[i][0] for i in range(3)]) / 255
@@ -126,7 +117,7 @@ def test_a_tokenizer_goes_on_from_another_and_tells_the_code_use_before_and_afte
         ("pretrain.py", ["--data", "no/such/folder"], ""),
         ("vqkd.py", ["--data", "no/such/folder"], "no/such/folder"),
         ("vqkd.py", ["--init", "no/such.pt"], "no/such.pt"),
-        ("vqkd.py", ["--encode", "no/such.png"], "python vqkd.py"),
+        ("vqkd.py", ["--encode", "no/such.png"], "python -m extras.features CHECKPOINT IMAGES"),
         ("vqkd.py", ["--steps", 1, "--continuous-steps", 0, "--out", "/dev/null/run"], "/dev/null"),
         ("vqkd.py", ["--lr", "nan"], "--lr"),
         ("vqkd.py", ["--batch-size", "100000"], "--batch-size"),
