@@ -388,19 +388,15 @@ def new_backbone(args):
 # --- networks from files --------------------------------------------------------------------------
 def load_start(args, process):
     """The backbone in the file --checkpoint, its positions resized to the crop."""
-    path = args.checkpoint
-    script = "finetune.py --intermediate" if args.init == "21k" else "pretrain.py"
-    checkpoint = weights.read(path, f"make it with python {script} --model {args.model} "
-                                    f"--out {args.out}, or give --checkpoint FILE")
-    weights.check_width(checkpoint, args.model)
-    kind = checkpoint.kind
-    if kind == "segment" or (kind == "finetune") != (args.init == "21k"):
-        raise UserError(f"{path} is a {kind} file: --init pretrain starts from a pre-trained "
-                        f"backbone, --init 21k from a classifier, and --eval measures a segmenter")
-    weights.check_patch_size(checkpoint, args.patch_size)
+    classifier = args.init == "21k"
+    script = "finetune.py --intermediate" if classifier else "pretrain.py"
+    checkpoint = weights.read_start(args, script, classifier)
+    if checkpoint.kind == "segment":
+        raise UserError(f"{args.checkpoint} is a segmenter already: measure it with --eval, or "
+                        f"start from a backbone")
     vit, _, report = weights.load_backbone(checkpoint, pool=None, image_size=args.image_size,
                                            drop_path=args.drop_path)
-    process.print(f"backbone from {path} ({len(report.loaded)} tensors)")
+    process.print(f"backbone from {args.checkpoint} ({len(report.loaded)} tensors)")
     return vit
 
 

@@ -137,8 +137,8 @@ def saturate(x, factor):
     every channel from V grows by `factor`, at most until the least channel is 0.
     """
     value = x.amax(dim=0, keepdim=True)                      # (1, H, W)
-    spread = value - x.amin(dim=0, keepdim=True)             # (1, H, W)
-    most = value / spread.clamp(min=1e-6)                    # this factor makes the least channel 0
+    distance = value - x.amin(dim=0, keepdim=True)           # (1, H, W)
+    most = value / distance.clamp(min=1e-6)                  # this factor makes the least channel 0
     return value - most.clamp(max=factor) * (value - x)
 
 

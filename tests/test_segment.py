@@ -336,7 +336,7 @@ def test_the_script_lowers_the_loss_and_its_file_says_what_it_is(pretrained, cap
         segment.main(flags)
     assert finished.value.code == 0
     assert "already done" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is a segment file: .* --eval measures a segmenter"):
+    with pytest.raises(UserError, match="is a segmenter already: measure it with --eval"):
         segment.main([*QUICK, "--out", str(pretrained / "new"),
                       "--checkpoint", str(pretrained / "segment.pt")])
 
@@ -444,13 +444,13 @@ def test_checkpoints_of_another_kind_or_size_are_refused(pretrained):
             segment.main([*QUICK, "--out", str(pretrained), *map(str, flags)])
 
     start = pretrained / "pretrain.pt"
-    refused("is a pretrain file: .* --init 21k from a classifier",
+    refused("is no classifier: use --init pretrain",
             "--init", "21k", "--checkpoint", start)
     refused("is no segmenter", "--eval", "--checkpoint", start)
     refused("width 128, --model base has 768", "--model", "base", "--data", "shapes")
     refused("--patch-size 16: the weights in .* have 8; leave the flag out", "--patch-size", "16")
     write_file(pretrained / "classifier.pt", dict(model=ViT(**TINY, num_classes=4).state_dict()))
-    refused("is a finetune file: .* --init 21k from a classifier",
+    refused("is a classifier already: use --init 21k",
             "--checkpoint", pretrained / "classifier.pt")
 
 
