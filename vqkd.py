@@ -11,7 +11,8 @@ Read in this order: nearest_code, straight_through, vqkd_loss, ema_update, kmean
     python vqkd.py                                           # tiny on built-in shapes, CPU
     torchrun --nproc_per_node=8 vqkd.py --model base --data /imagenet    # the paper's run
 """
-# Shapes:  B images, N = gh x gw patches per image, D code width, K codes, C teacher width
+# Shapes:  B images, N = gh x gw patches per image, K codes, D code width, C teacher width,
+#          n vectors in k-means
 import math
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def nearest_code(h, codebook):
     # Always float32: with bf16 about 1 id in 300 would change.
     with torch.autocast(h.device.type, enabled=False):
         v = l2(codebook.float())                             # (K, D)
-        # 4096 vectors at a time: all cosines of a large batch with 8192 codes fill gigabytes.
+        # 4096 vectors at a time, as the cosines of all of them with all codes may fill gigabytes.
         parts = l2(h.float()).reshape(-1, h.shape[-1]).split(4096)
         z = [(part @ v.T).argmax(dim=-1) for part in parts]
         return torch.cat(z).view(h.shape[:-1])
@@ -77,8 +78,8 @@ def vqkd_loss(o, t, h, v, beta=1.0, widths=None):
     # Differs from Eq. (2): mse_loss is a mean over D where the equation sums over D.
     codebook = F.mse_loss(v, h.detach())                     # moves v towards h
     commit = F.mse_loss(h, v.detach())                       # keeps h near its code
-    # Differs from Eq. (2): the codebook term is only logged. The codes are no parameters; they
-    # move by ema_update, as the authors train them.
+    # Differs from Eq. (2): the codebook term is only logged. The codes are no parameters, they move
+    # by ema_update.
     loss = 1 - cosine + beta * commit
 
     parts = dict(cosine=cosine, commit=commit, codebook=codebook) | cosines
@@ -104,8 +105,9 @@ def ema_update(codebook, sums, counts, decay):
 
         v <- l2( decay * v + (1 - decay) * l2(mean of its l2(h)) )
 
-    Recipe, not in the paper: this replaces the codebook term of Eq. (2), and points the same way.
-    How many vectors chose the code plays no part. A code that no vector chose stays where it is.
+    The moving average of Section 2.2, in place of the codebook term of Eq. (2); both point the
+    same way. Recipe, not in the paper: how many vectors chose the code plays no part. A code that
+    no vector chose stays where it is.
     """
     moved = l2(decay * codebook + (1 - decay) * l2(sums))
     return torch.where((counts > 0)[:, None], moved, codebook)
@@ -128,6 +130,7 @@ def kmeans(x, centres, iterations=10):
 def kmeans_start(model, dataset, args, run):
     """The first codes: k-means of at least 4K of the encoder's vectors (at most 65,536).
 
+    Recipe, not in the paper. Random codes would lie where no vectors are, and never be chosen.
     Differs from the released code, where every process clusters a batch of its own and the codes
     begin unequal: here rank 0 draws images without replacement, and all receive its codes.
     """
@@ -283,15 +286,15 @@ def train(args):
         set_lr(optimizer, lr)
         quantize = step >= quantize_from
         if step == quantize_from and not args.init:
-            kmeans_start(model, train_set, args, run)
+            kmeans_start(model, train_set, args, run)        # the codes begin among the vectors
 
         # Gradients of Eq. (2). All micro-batches look up in one and the same codebook.
         sums = torch.zeros_like(model.quantize.embedding.weight)         # (K, D)
         counts = torch.zeros(args.codes, device=run.device)              # (K,)
         for batch, _ in run.micro_batches():
             with run.autocast():
-                images, t = images_and_features(batch, teacher, run.device)
-                o, h, v, z = network(images, quantize)
+                images, t = images_and_features(batch, teacher, run.device)      # t (B, N, C)
+                o, h, v, z = network(images, quantize)       # (B, N, C), (B, N, D) twice, (B, N)
                 loss, parts = vqkd_loss(o, t, h, v, args.beta, teacher.widths)
             run.backward(loss)
             if quantize:
@@ -301,7 +304,7 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # The codes follow the vectors that chose them: looked up first, moved after.
+        # Then the codes follow the vectors that chose them, over all processes.
         if quantize:
             model.quantize.update(run.sum(sums), run.sum(counts), args.decay)
             health.look_after(model.quantize, h, counts, run)
@@ -332,12 +335,12 @@ def build(args, teacher_dims):
 
 
 def first_quantized_step(args, images):
-    """Ours: --continuous-steps go without the quantizer. An untrained encoder gives vectors that
-    mean little, and so would codes made of them.
+    """The step in which the quantizer joins. The paper's is 0.
 
-    Codes from --init are there from the start. UserError if no step is left to the codes.
+    Ours: first --continuous-steps without it. The vectors of an untrained encoder mean little, and
+    so would codes made of them. UserError if no step is left to the codes.
     """
-    if args.init:
+    if args.init:                            # its codes are there from the start
         return 0
     steps, _, _ = data.resolve_steps(args, images)
     if args.continuous_steps >= steps:
@@ -346,6 +349,7 @@ def first_quantized_step(args, images):
     return args.continuous_steps
 
 
+# --- measuring ------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, teacher, dataset, run):
     """Means over a whole data set: cosine to the teacher, distance from h to its code.
