@@ -1,4 +1,4 @@
-"""What the tests share: the project on the path, one thread, a way to run a stage as a user would, the golden files."""
+"""What the tests share: one thread, a way to run a stage as a user would, the golden files."""
 import json
 import os
 import subprocess
@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: runs a stage as a whole or several processes; left out of the quick tests")
+    config.addinivalue_line("markers", "slow: runs whole stages or several processes; not quick")
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +32,18 @@ def golden():
 
 
 def stage(script, *flags, processes=1, check=True, cwd=None):
-    """Run `python SCRIPT FLAGS` (or torchrun) as a user would -> CompletedProcess. "extras.bench": python -m"""
-    launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    """Run a command as a user would.  -> CompletedProcess
+
+    script: "vqkd.py" (python, or torchrun for several processes) or "extras.bench" (python -m).
+    """
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     module = isinstance(script, str) and script.partition(".")[0] in ("extras", "results")
-    program = ["-m", script] if module else [str(ROOT / script)]
-    done = subprocess.run(launch + program + [*map(str, flags)], capture_output=True, text=True, timeout=600, cwd=cwd,
-                          env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+    command += ["-m", script] if module else [str(ROOT / script)]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    done = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True,
+                          timeout=600, cwd=cwd, env=environment)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
