@@ -227,7 +227,7 @@ def train(args, checkpoint):
         set_lr(optimizer, lr)            # times layer_decay^(depth + 1 - i) for layer i
         for images, labels in run.micro_batches():
             images = data.to_float(images, run.device)                           # (B, 3, H, W)
-            labels = labels.to(run.device)                                       # (B,)
+            labels = labels.to(run.device, non_blocking=True)                    # (B,)
             # Mix pairs of images, and their targets with them.
             images, targets = mix(images, labels, len(classes),
                                   args.mixup, args.cutmix, args.smoothing)       # targets (B, C)

@@ -78,12 +78,13 @@ def position_table(grid, heads):
 def position_bias(table, index):
     """What is added to the attention logits of each pair of tokens.  -> (H, T, T)
 
-    On CUDA the rows get up to 7 unused numbers at the end. The fused attention needs rows of a
-    multiple of 8, and would otherwise copy the bias in every block.
+    On CUDA the rows get up to 7 keys more, which -inf hides. The fused attention needs rows of a
+    multiple of 8 numbers, and would otherwise copy the bias in every block.
     """
+    bias = F.embedding(index, table).permute(2, 0, 1)
     if table.is_cuda:
-        index = F.pad(index, (0, -len(index) % 8))           # (T, T + unused)
-    return F.embedding(index, table).permute(2, 0, 1).contiguous()
+        bias = F.pad(bias, (0, -len(index) % 8), value=-math.inf)            # (H, T, T + hidden)
+    return bias.contiguous()
 
 
 # --- one block ------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def attention_weights(q, k, bias=None):
     """softmax(q k^T / sqrt(D/H) + bias): the bias is not scaled.  -> (B, H, T, T)"""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias is not None:
-        logits = logits + bias[..., :k.shape[2]]             # without the unused ends of rows
+        logits = logits + bias[..., :k.shape[2]]             # without the hidden keys
     return logits.softmax(dim=-1)
 
 
@@ -102,7 +103,10 @@ def attention(q, k, v, bias=None):
         return attention_weights(q, k, bias).to(v.dtype) @ v
     # Elsewhere one fused kernel computes the same and never stores the T x T weights.
     if bias is not None:
-        bias = bias.to(q.dtype)[..., :k.shape[2]].expand(len(q), -1, -1, -1)
+        hidden = bias.shape[-1] - k.shape[2]                 # keys that -inf hides
+        k = F.pad(k, (0, 0, 0, hidden))
+        v = F.pad(v, (0, 0, 0, hidden))
+        bias = bias.to(q.dtype).expand(len(q), -1, -1, -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 

@@ -345,7 +345,7 @@ def train(args):
         set_lr(optimizer, poly_schedule(step, args.lr, run.total_steps, run.warmup_steps))
         for images, labels in run.micro_batches():
             images = data.to_float(images, run.device)                   # (B, 3, H, W)
-            labels = labels.to(run.device).long()                        # (B, H, W)
+            labels = labels.to(run.device, non_blocking=True).long()     # (B, H, W)
             # Classify the pixels: from the pyramid, and from one map with the auxiliary head.
             with run.autocast():
                 logits, logits_aux = network(imagenet_normalize(images))         # (B, C, h, w)

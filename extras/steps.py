@@ -39,8 +39,8 @@ def optimizer_for(groups, device):
     return optimizer
 
 
-def compiled(network, args):
-    return torch.compile(network) if args.compile else network
+def compiled(function, args):
+    return torch.compile(function) if args.compile else function
 
 
 def update(optimizer):
@@ -71,7 +71,7 @@ def random_clip(c, device):
 # --- stage 1 and 2 --------------------------------------------------------------------------------
 def vqkd_step(c, args, device):
     network = random_tokenizer(c, device)
-    teacher = random_clip(c, device)
+    teacher = compiled(random_clip(c, device), args)
     forward = compiled(network, args)
     groups = param_groups(network.named_parameters(), c.vqkd.weight_decay)
     optimizer = optimizer_for(groups, device)
@@ -98,6 +98,7 @@ def pretrain_step(c, args, device):
     tokenizer = random_tokenizer(c, device).eval().requires_grad_(False)
     c.pretrain.checkpoint_activations = args.checkpoint_activations
     network = pretrain.build(c.pretrain, c.K).to(device)
+    encode = compiled(tokenizer.encode, args)
     forward = compiled(network, args)
     groups = param_groups(network.named_parameters(), c.pretrain.weight_decay)
     optimizer = optimizer_for(groups, device)
@@ -112,7 +113,7 @@ def pretrain_step(c, args, device):
         images = data.to_float(pixels, device)
         clock("data")
         with run.autocast():
-            z = tokenizer.encode(images).gather(1, hidden).flatten()     # (M,)
+            z = encode(images).gather(1, hidden).flatten()               # (M,)
             clock("tokenizer")
             logits, logits_cls = forward(imagenet_normalize(images), mask, hidden)
             loss, _ = pretrain.mim_loss(logits, logits_cls, z)

@@ -139,7 +139,9 @@ def tensors(contents, place=""):
 def describe_run(kind, args):
     """What every file says beside its weights: arguments, commit, a hash of each source file."""
     folder = shlex.quote(str(ROOT))
-    status, commit = subprocess.getstatusoutput(f"git -C {folder} rev-parse HEAD")
+    # "-dirty" behind the commit: the files differ from it.
+    git = f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*'"
+    status, commit = subprocess.getstatusoutput(git)
     sources = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]
     hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sources}
     return dict(kind=kind, preset=args.model, data=str(args.data), image_size=args.image_size,

@@ -1,0 +1,161 @@
+"""results/gpu.md from the records of results.gpu.
+
+    python -m results.gpu_page               # reads results/gpu/*.jsonl, writes results/gpu.md
+
+Every figure on the page stands in a record. A part without a record is "not run yet".
+"""
+from results.tables import RESULTS, read_lines
+
+HEAD = """# On a GPU
+
+Made by `python -m results.gpu_page` from the records in [gpu/](gpu); the records are made by
+`python -m results.gpu --out DIR`, one command of under eight minutes, which anybody with a GPU can
+repeat. The newest record of a kind counts. "Limit" is the rate of the MLP's first layer alone,
+measured before and after each step; the datasheet's dense bf16 peak is 989 TFLOP/s.
+"""
+
+
+def records():
+    """All records, oldest first, without those of small sizes; each with its file's first line."""
+    found = []
+    for path in sorted((RESULTS / "gpu").glob("*.jsonl")):
+        begin = {}
+        for record in read_lines(path):
+            if record["part"] == "begin":
+                begin = record
+            elif not begin.get("smoke"):
+                found.append(record | dict(file=path.name, commit=begin.get("commit", "unknown"),
+                                           torch=begin.get("torch"), date=begin.get("date")))
+    return found
+
+
+def newest(found, *keys):
+    """The newest record for each combination of these keys, failed and skipped ones left out."""
+    kept = {}
+    for record in found:
+        if "failed" not in record and "skipped" not in record:
+            kept[tuple(record.get(key) for key in keys)] = record
+    return list(kept.values())
+
+
+def of(found, *parts):
+    return [record for record in found if record["part"] in parts]
+
+
+def machines(found):
+    lines = ["| record | date | GPU | cores | torch | large bf16 products | source |",
+             "|---|---|---|---|---|---|---|"]
+    for r in newest(of(found, "card"), "file"):
+        lines.append(f"| [{r['file']}](gpu/{r['file']}) | {r['date']} | {r['gpu']} | {r['cores']} "
+                     f"| {r['torch']} | {r['bf16_tflops']:.0f} TFLOP/s | {r['commit'][:7]} |")
+    return lines
+
+
+def goldens(found):
+    lines = ["| tensors of the authors' code | precision | outputs | gradients |",
+             "|---|---|---|---|"]
+    for r in newest(of(found, "goldens"), "name", "amp"):
+        name = {"no": "float32, TF32 off", "bf16": "bf16"}[r["amp"]]
+        lines.append(f"| {r['name']} | {name} | {r['forward']:.1e} | {r['gradient']:.1e} |")
+    return lines
+
+
+def steps(found):
+    lines = ["| step | model | batch | compiled | images/s | TFLOP/s | share of limit | "
+             "share of datasheet | GiB beside weights | record |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    rows = newest(of(found, "base_steps", "more_steps", "compiled"),
+                  "stage", "model", "batch_size", "compile")
+    for r in sorted(rows, key=lambda r: (r["model"], r["stage"], r["batch_size"], r["compile"])):
+        memory = f"{r['peak_mib'] / 1024:.1f}" if "peak_mib" in r else "-"
+        lines.append(
+            f"| {r['stage']} | {r['model']} | {r['batch_size']} | "
+            f"{'yes' if r['compile'] else 'no'} | {r['images_per_s']:.0f} | {r['tflops']:.1f} | "
+            f"{r['share']:.1%} | {r.get('share_of_datasheet', 0):.1%} | {memory} | {r['file']} |")
+    return lines
+
+
+def attention(found):
+    lines = ["| kernel | keys padded by | forward and backward, ms | takes most |",
+             "|---|---|---|---|"]
+    for r in newest(of(found, "attention"), "kernel", "padded"):
+        cost = f"{r['ms']:.2f}" if "ms" in r else "refuses"
+        kernel = r.get("kernels", [""])[0] if r.get("kernels") else ""
+        lines.append(f"| {r['kernel']} | {r['padded']} | {cost} | {kernel} |")
+    return lines
+
+
+def profile(found):
+    lines = ["| kernel | calls | ms | share |", "|---|---|---|---|"]
+    rows = [r for r in of(found, "profile") if "kernel" in r]
+    last = rows[-1]["file"] if rows else ""
+    for r in rows:
+        if r["file"] == last:
+            name = r["kernel"].replace("|", "/")
+            lines.append(f"| `{name}` | {r['calls']} | {r['ms']:.1f} | {r['share']:.1%} |")
+    return lines
+
+
+def waits(found):
+    lines = ["| stage | places that wait in four steps (file:line: times) |", "|---|---|"]
+    for r in newest(of(found, "waits"), "stage"):
+        places = ", ".join(f"{place}: {n}" for place, n in r["places"].items()) or "none"
+        lines.append(f"| {r['stage']} | {places} |")
+    return lines
+
+
+def pipeline(found):
+    lines = ["| command | seconds | result |", "|---|---|---|"]
+    shown = ("cosine", "codes_used", "perplexity", "mask_acc", "guess_position", "top1",
+             "paper_top1")
+    for r in newest(of(found, "pipeline"), "script"):
+        facts = ", ".join(f"{k} {r[k]:.4g}" for k in shown if k in r)
+        lines.append(f"| `python {r['script']}` | {r['took']:.0f} | {facts} |")
+    return lines
+
+
+def others(found):
+    """What is said in a line each."""
+    lines = []
+    for r in newest(of(found, "nccl"), "ddp", "command"):
+        if "ddp" in r:
+            lines.append(f"* DDP and SyncBatchNorm with one process: {r['ddp']}.")
+    for r in newest(of(found, "same_seed_twice")):
+        lines.append(f"* The same seed twice, {r['steps']} steps of tiny's tokenizer: weights "
+                     f"differ by up to {r['largest_difference']:.2g}, cosines "
+                     f"{r['cosines'][0]:.4f} and {r['cosines'][1]:.4f}.")
+    for r in newest(of(found, "loader"), "ends", "step_at_full_matrix_rate"):
+        if "ends" not in r:
+            lines.append(f"* A step of base pre-training at the full matrix rate would take "
+                         f"{r['step_at_full_matrix_rate']:.0f} images/s from the loader.")
+    for r in newest(of(found, "tests")):
+        lines.append(f"* Quick tests on that machine: {r['ends']}")
+    for r in found:
+        if "failed" in r and r["part"] != "tests":
+            lines.append(f"* {r['file']}: {r['part']} failed: {r['failed'][:160]}")
+    return lines
+
+
+SECTIONS = {
+    "Machines": machines, "Number for number": goldens, "Steps": steps,
+    "Attention with a position bias that learns (batch 128, 12 heads, 197 tokens, bf16)": attention,
+    "A base pre-training step, batch 128, by kernel": profile,
+    "Does a step wait for the GPU?": waits, "Tiny from start to end": pipeline,
+    "And": others}
+
+
+def page(found):
+    lines = [HEAD]
+    for title, section in SECTIONS.items():
+        rows = section(found)
+        empty = len(rows) <= 2 and section is not others
+        lines += [f"## {title}", "", *(["not run yet"] if empty or not rows else rows), ""]
+    return "\n".join(lines)
+
+
+def main():
+    (RESULTS / "gpu.md").write_text(page(records()))
+
+
+if __name__ == "__main__":
+    main()
