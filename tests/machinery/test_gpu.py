@@ -1,4 +1,4 @@
-"""results.gpu runs on a CPU at small sizes, keeps every part at once, and its page is made of it."""
+"""results.gpu runs on a CPU at small sizes; its page is made of the records."""
 import pytest
 import torch
 
@@ -51,7 +51,7 @@ def test_the_page_is_what_the_records_say(monkeypatch):
                 images_per_s=1000.0, tflops=160.0, share=0.3, share_of_datasheet=0.2,
                 peak_mib=2048.0, file="a.jsonl")
     text = gpu_page.page([card, step, step | dict(images_per_s=1100.0)])
-    assert "| [a.jsonl](gpu/a.jsonl) | 2026-01-01 | a card | 4 | 2 | 700 TFLOP/s | 0123456 |" in text
+    assert "(gpu/a.jsonl) | 2026-01-01 | a card | 4 | 2 | 700 TFLOP/s | 0123456 |" in text
     assert "| pretrain | base | 128 | no | 1100 | 160.0 | 30.0% | 20.0% | 2.0 | a.jsonl |" in text
     assert "1000" not in text
     assert "## Does a step wait for the GPU?\n\nnot run yet" in text
