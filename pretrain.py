@@ -202,6 +202,7 @@ def train(args):
                         facts={"chance": math.log(codes)},
                         about={"epochs": args.epochs, "aggregation": args.head_depth > 0})
     commonest = commonest_codes(tokenizer, train_set, run)   # only to compare with: see evaluate
+    encode = run.compiled(tokenizer.encode)
 
     for step in run.steps():
         lr = cosine_schedule(step, args.lr, args.min_lr, run.total_steps, run.warmup_steps)
@@ -212,7 +213,7 @@ def train(args):
             mask = mask.to(run.device, non_blocking=True)                        # (B, N)
             with run.autocast():
                 # The tokenizer gives each patch its code. It sees the whole image.
-                z = tokenizer.encode(tokenizer_images)                           # (B, N)
+                z = encode(tokenizer_images)                                     # (B, N)
                 z = z.gather(1, hidden).flatten()                                # (M,)
                 # The model does not, and has to find the codes of the hidden patches.
                 logits, logits_cls = network(imagenet_normalize(images), mask, hidden)

@@ -40,7 +40,10 @@ def optimizer_for(groups, device):
 
 
 def compiled(function, args):
-    return torch.compile(function) if args.compile else function
+    """args.compile: False, True, or the name of a mode of torch.compile."""
+    if not args.compile:
+        return function
+    return torch.compile(function, mode=None if args.compile is True else args.compile)
 
 
 def update(optimizer):

@@ -145,8 +145,8 @@ def settings(model, batch_size, compiled=False, checkpoint=False):
                            checkpoint_activations=checkpoint, clock="wall")
 
 
-def step_record(stage, model, batch_size, device, compiled=False):
-    """One stage's step: images/s, operations, share of the matrix rate, memory."""
+def step_record(stage, model, batch_size, device, compiled=False, kernels=False):
+    """One stage's step: images/s, operations, share of the matrix rate, memory, GPU kernels."""
     args = settings(model, batch_size, compiled)
     c = sizes(model)
     kind = stage.removeprefix("timm ")
@@ -158,12 +158,16 @@ def step_record(stage, model, batch_size, device, compiled=False):
     counted_as = "finetune" if stage.startswith("timm") else stage
     ops = sum(operations(counted_as, c).values())
     begun = time.time()
-    contestant = Contestant(make(c, args, device), "bf16", False, ops)
+    step = make(c, args, device)
+    contestant = Contestant(step, "bf16", False, ops)
     facts = compare({stage: contestant}, c, args, device)[stage]
     facts["tflops"] = facts["images_per_s"] * ops / 1e12
     if device.type == "cuda":
         facts["share_of_datasheet"] = facts["images_per_s"] * ops / DATASHEET
-        facts["peak_mib"] = peak_memory(make, c, args, "bf16", False, device)
+        if not compiled:                     # compiling once more would take a minute
+            facts["peak_mib"] = peak_memory(make, c, args, "bf16", False, device)
+        if kernels:
+            facts["kernels"] = list(kernels_of(step, Process(device=device, amp="bf16")))
     return dict(stage=stage, model=model, batch_size=batch_size, compile=compiled, **facts,
                 took=time.time() - begun)
 
@@ -180,8 +184,14 @@ def base_steps(args, device):
 
 def compiled_steps(args, device):
     """The same with --compile, which takes up to two minutes to begin."""
-    model, batch_size = ("tiny", 8) if args.smoke else ("base", 128)
-    yield step_record("pretrain", model, batch_size, device, compiled=True)
+    if args.smoke:
+        yield step_record("pretrain", "tiny", 8, device, compiled=True, kernels=True)
+        return
+    yield step_record("pretrain", "base", 128, device, compiled=True, kernels=True)
+    yield step_record("finetune", "base", 128, device, compiled=True)
+    yield step_record("timm BEiT", "base", 128, device, compiled=True)
+    yield step_record("pretrain", "tiny", 32, device, compiled=True)
+    yield step_record("pretrain", "tiny", 32, device, compiled="reduce-overhead")
 
 
 def more_steps(args, device):
@@ -206,6 +216,7 @@ def attention(args, device):
         bias = torch.randn(1, H, T, T + padded, device=device, requires_grad=True)
         for kernel in ("default", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
             yield dict(kernel=kernel, padded=padded, **time_attention(kernel, q, k, v, bias))
+    yield dict(kernel="FlexAttention", padded=0, **time_flex(q, k, v, bias[..., :T]))
 
 
 def time_attention(kernel, q, k, v, bias):
@@ -218,18 +229,38 @@ def time_attention(kernel, q, k, v, bias):
         chosen = [b for b in backends if b != SDPBackend.ERROR]
     else:
         chosen = [SDPBackend.__members__[kernel]]
+    with sdpa_kernel(chosen):
+        return time_once(once, q.device)
+
+
+def time_flex(q, k, v, bias):
+    """The same as a program that torch compiles: the bias is read where it is added."""
+    from torch.nn.attention.flex_attention import flex_attention
+    bias = bias[0].detach().contiguous().requires_grad_()
+
+    def add_bias(score, b, h, i, j):
+        return score + bias[h, i, j]
+
+    flex = torch.compile(flex_attention)
+
+    def once():
+        flex(q, k, v, score_mod=add_bias).sum().backward()
+    return time_once(once, q.device)
+
+
+def time_once(once, device):
+    """-> milliseconds, kernels; or why it was refused"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with sdpa_kernel(chosen):
-                for _ in range(3):
-                    once()
-                clock = Clock("wall", q.device)
-                for _ in range(10):
-                    once()
-                clock("attention")
-                return dict(ms=100 * clock.parts()["attention"], kernels=kernel_names(once))
-        except RuntimeError as error:
+            for _ in range(3):
+                once()
+            clock = Clock("wall", device)
+            for _ in range(10):
+                once()
+            clock("attention")
+            return dict(ms=100 * clock.parts()["attention"], kernels=kernel_names(once))
+        except Exception as error:           # what torch raises has many classes
             return dict(refused=" ".join(str(error).split())[:120])
 
 
@@ -253,12 +284,17 @@ def profile_step(args, device):
     run = Process(device=device, amp="bf16")
     for _ in range(3):
         step(run, lambda part: None)
+    yield from kernels_of(step, run)
+
+
+def kernels_of(step, run):
+    """The GPU kernels of one step that take the most time, one after the other."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(run, lambda part: None)
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(event.self_device_time_total for event in events)
-    for event in events[:14]:
+    for event in events[:16]:
         yield dict(kernel=event.key[:90], calls=event.count, ms=event.self_device_time_total / 1e3,
                    share=event.self_device_time_total / total)
 
@@ -397,10 +433,10 @@ def tests(args, device):
     yield dict(ends=lines[-1] if lines else done.stderr[-300:], failed=failed[:40])
 
 
-PARTS = dict(card=card, goldens=goldens, base_steps=base_steps, attention=attention,
-             profile=profile_step, waits=waits, nccl=nccl, pipeline=pipeline,
-             more_steps=more_steps, compiled=compiled_steps, same_seed_twice=same_seed_twice,
-             loader=loader, tests=tests)
+PARTS = dict(card=card, goldens=goldens, base_steps=base_steps, compiled=compiled_steps,
+             attention=attention, profile=profile_step, waits=waits, more_steps=more_steps,
+             nccl=nccl, same_seed_twice=same_seed_twice, pipeline=pipeline, loader=loader,
+             tests=tests)
 
 
 # --- the command ----------------------------------------------------------------------------------

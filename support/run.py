@@ -118,7 +118,11 @@ class Run(Process):
                                               gradient_as_bucket_view=True)
         self.synchronised = network
         # Around DistributedDataParallel, so that gradients travel while the rest is computed.
-        return torch.compile(network) if self.args.compile else network
+        return self.compiled(network)
+
+    def compiled(self, function):
+        """torch.compile of a network or a function if --compile is given, else the same."""
+        return torch.compile(function) if self.args.compile else function
 
     # --- the loop
     def steps(self):
