@@ -64,13 +64,15 @@ def steps(found):
     lines = ["| step | model | batch | compiled | images/s | TFLOP/s | share of limit | "
              "share of datasheet | GiB beside weights | record |",
              "|---|---|---|---|---|---|---|---|---|---|"]
-    rows = newest(of(found, "base_steps", "more_steps", "compiled"),
+    rows = newest(of(found, "base_steps", "more_steps", "compiled", "more_compiled"),
                   "stage", "model", "batch_size", "compile")
-    for r in sorted(rows, key=lambda r: (r["model"], r["stage"], r["batch_size"], r["compile"])):
+    order = ("model", "stage", "batch_size", "compile")
+    for r in sorted(rows, key=lambda r: [str(r[key]) for key in order]):
+        compiled = {False: "no", True: "yes"}.get(r["compile"], r["compile"])
         memory = f"{r['peak_mib'] / 1024:.1f}" if "peak_mib" in r else "-"
         lines.append(
             f"| {r['stage']} | {r['model']} | {r['batch_size']} | "
-            f"{'yes' if r['compile'] else 'no'} | {r['images_per_s']:.0f} | {r['tflops']:.1f} | "
+            f"{compiled} | {r['images_per_s']:.0f} | {r['tflops']:.1f} | "
             f"{r['share']:.1%} | {r.get('share_of_datasheet', 0):.1%} | {memory} | {r['file']} |")
     return lines
 
@@ -79,7 +81,7 @@ def attention(found):
     lines = ["| kernel | keys padded by | forward and backward, ms | takes most |",
              "|---|---|---|---|"]
     for r in newest(of(found, "attention"), "kernel", "padded"):
-        cost = f"{r['ms']:.2f}" if "ms" in r else "refuses"
+        cost = f"{r['ms']:.2f}" if "ms" in r else f"refuses: {r['refused']}"
         kernel = r.get("kernels", [""])[0] if r.get("kernels") else ""
         lines.append(f"| {r['kernel']} | {r['padded']} | {cost} | {kernel} |")
     return lines
@@ -91,6 +93,15 @@ def profile(found):
     last = rows[-1]["file"] if rows else ""
     for r in rows:
         if r["file"] == last:
+            name = r["kernel"].replace("|", "/")
+            lines.append(f"| `{name}` | {r['calls']} | {r['ms']:.1f} | {r['share']:.1%} |")
+    return lines
+
+
+def compiled_profile(found):
+    lines = ["| kernel | calls | ms | share |", "|---|---|---|---|"]
+    for record in newest(of(found, "compiled"), "stage"):
+        for r in record.get("kernels", []):
             name = r["kernel"].replace("|", "/")
             lines.append(f"| `{name}` | {r['calls']} | {r['ms']:.1f} | {r['share']:.1%} |")
     return lines
@@ -140,6 +151,7 @@ SECTIONS = {
     "Machines": machines, "Number for number": goldens, "Steps": steps,
     "Attention with a position bias that learns (batch 128, 12 heads, 197 tokens, bf16)": attention,
     "A base pre-training step, batch 128, by kernel": profile,
+    "The same with --compile": compiled_profile,
     "Does a step wait for the GPU?": waits, "Tiny from start to end": pipeline,
     "And": others}
 
