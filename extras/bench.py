@@ -12,7 +12,7 @@ Read in this order: extras/operations.py, extras/plain.py, extras/steps.py, then
 
     python -m extras.bench --model tiny                      # pre-training step: CPU, seconds
     python -m extras.bench --stage all --out speed.jsonl     # base, batch 8: CPU, half an hour
-    python -m extras.bench --plan --gpus 8 --share 0.4 --peak-tflops 989     # GPU-hours
+    python -m extras.bench --plan            # hours and memory of the paper's runs
 """
 # Shapes:  B images, N patches, T = 1 + N tokens, D width, K codes of d numbers
 import collections
@@ -37,7 +37,8 @@ from torch.utils._pytree import tree_leaves
 
 import pretrain
 import vqkd
-from extras.operations import counted, hours, operations, schedules, sizes
+from extras import plan
+from extras.operations import counted, operations, sizes
 from extras.plain import plain
 from extras.steps import STEPS, timm_step
 from model import PRESETS
@@ -47,7 +48,6 @@ from support.files import ROOT, UserError
 from support.images import Folder
 from support.process import Process, join_processes, launch
 
-JPEG = 110_000                               # bytes of an ImageNet file, on average
 CPU_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # A step to time: its precision, whether in the plain version, its operations per image.
 Contestant = collections.namedtuple("Contestant", "step amp plain operations")
@@ -383,25 +383,6 @@ def until_first_step(stage, out, flags):
     return seconds
 
 
-# --- planning -------------------------------------------------------------------------------------
-def plan(args, tell):
-    """GPU-hours of the paper's schedules, and what loader and bus have to deliver meanwhile."""
-    peak = args.peak_tflops * 1e12
-    print(f"{args.gpus} GPUs at {args.share:.0%} of {args.peak_tflops:g} T operations/s. "
-          f"The loader must deliver:")
-    print(f"{'':32}G ops/image  GPU-hours    hours  images/s  files MB/s  to GPUs MB/s")
-    for what, name, stage, images in schedules():
-        c = sizes(name)
-        ops = sum(operations(stage, c).values())
-        gpu_hours, wall, rate = hours(ops, images, args.share, peak, args.gpus)
-        moved = rate * 3 * c.S ** 2          # pixels travel as bytes
-        print(f"{name + ' ' + what:31} {ops / 1e9:11.1f} {gpu_hours:10.0f} {wall:8.1f} "
-              f"{rate:9.0f} {rate * JPEG / 1e6:11.0f} {moved / 1e6:13.0f}")
-        tell(stage="plan", name=f"{name} {what}", operations=ops, gpu_hours=gpu_hours, hours=wall,
-             images_per_s=rate, file_bytes_per_s=rate * JPEG, bytes_per_s=moved, gpus=args.gpus,
-             share=args.share, peak=peak)
-
-
 # --- arguments ------------------------------------------------------------------------------------
 BENCHES = {stage: functools.partial(bench_step, stage) for stage in STEPS}
 BENCHES |= dict(quantizer=bench_quantizer, loader=bench_loader, startup=bench_startup)
@@ -426,11 +407,9 @@ def parse_args(argv=None):
     add("--no-memory", action="store_true", help="do not measure memory, which takes two steps")
     add("--out", type=Path, help="append JSON lines to this file")
     add = p.add_argument_group("plan").add_argument
-    add("--plan", action="store_true", help="print GPU-hours of the paper's schedules and stop")
-    add("--gpus", type=whole(1, 10**6), default=8)
-    add("--share", type=number(1e-6, 1), default=0.4, help="of the peak; default 0.4")
-    add("--peak-tflops", type=number(1e-6, 1e9), default=989, help="of one GPU; default 989, an "
-        "H100 in bf16")
+    add("--plan", action="store_true", help="print hours and memory of the paper's runs, and stop")
+    add("--share", type=number(1e-6, 1), help="of the peak; default: measured, in results/gpu")
+    add("--peak-tflops", type=number(1e-6, 1e9), help="of one GPU; default: H100 and A100 in bf16")
     args = p.parse_args(argv)
     if args.model not in PRESETS:
         raise UserError(f"--model {args.model} is not a preset; choose from {', '.join(PRESETS)}")
@@ -466,7 +445,9 @@ def main(argv=None):
                             f"--out") from error
 
     if args.plan:
-        return plan(args, tell)
+        peaks = {"GPU": args.peak_tflops * 1e12} if args.peak_tflops else plan.PEAKS
+        print("\n".join(plan.table(plan.plan(peaks, args.share))))
+        return
     torch.manual_seed(0)
     for stage in BENCHES if args.stage == "all" else [args.stage]:
         BENCHES[stage](args, device, tell)

@@ -8,7 +8,7 @@ import torch
 import model
 import vqkd
 from conftest import stage
-from extras import bench, operations, plain, steps
+from extras import bench, operations, plain, plan, steps
 from model import Attention, ViT
 from pretrain import BEiT, hidden_patches
 from support.files import UserError
@@ -179,15 +179,26 @@ def test_the_plan_on_an_example_worked_by_hand():
     assert operations.hours(36e9, 36_000_000, 0.5, 72e12, 10) == pytest.approx((10, 1, 10_000))
 
 
-def test_the_plan_prints_what_the_loader_must_deliver(tmp_path, capsys):
-    out = tmp_path / "plan.jsonl"
-    bench.main("--plan --gpus 4 --share 0.5 --peak-tflops 100 --out".split() + [str(out)])
-    assert "pre-training, 1600 epochs" in capsys.readouterr().out
-    rows = {row["name"]: row for row in map(json.loads, out.read_text().splitlines())}
-    short, long = (rows[f"base pre-training, {epochs} epochs"] for epochs in (300, 1600))
-    assert long["gpu_hours"] == pytest.approx(short["gpu_hours"] * 16 / 3)
-    assert short["images_per_s"] == pytest.approx(200e12 / short["operations"])
-    assert short["bytes_per_s"] == pytest.approx(short["images_per_s"] * 3 * 224 * 224)
+def test_the_plan_takes_the_measured_share_of_a_step(monkeypatch):
+    record = dict(stage="pretrain", model="base", share_of_datasheet=0.25, peak_mib=10240)
+    monkeypatch.setattr(plan, "measured_steps", lambda: {("pretrain", "base"): record})
+    monkeypatch.setattr(plan, "loader_rates", lambda: dict(pretrain=250.0))
+    rows = {(row.model, row.what): row for row in plan.plan({"card": 100e12})}
+    short, long = (rows["base", f"pre-training, {epochs} epochs"] for epochs in (300, 1600))
+    assert short.measured and short.share == 0.25 and short.gib == 10
+    assert long.hours["card", 1] == pytest.approx(short.hours["card", 1] * 16 / 3)
+    assert short.hours["card", 1] == pytest.approx(8 * short.hours["card", 8])
+    # A core delivers 250 images a second, so it feeds 250 x operations a second.
+    ops = sum(operations.operations("pretrain", operations.sizes("base")).values())
+    assert short.cores["card", 8] == pytest.approx(8 * 25e12 / (250 * ops))
+    assert not rows["large", "pre-training, 300 epochs"].measured
+
+
+def test_a_share_that_the_user_gives_counts_for_all_runs(capsys):
+    bench.main(["--plan", "--share", "0.5", "--peak-tflops", "100"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 7
+    assert all("| 50% (assumed) |" in line for line in lines)
 
 
 @pytest.mark.parametrize("flags, words", [
