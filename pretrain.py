@@ -28,7 +28,9 @@ from torch import nn
 from model import PRESETS, Block, ViT, imagenet_normalize, initialise, rescale_residual_branches
 from support import data, transforms
 from support.args import check_range, fill_in, flag, number, run_parser, whole
+from support.codebook import require_grid, require_tokenizer
 from support.files import UserError
+from support.guessers import commonest_codes, guess_hidden
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
 from support.process import launch, seed_all
 from support.run import Run, dry_run
@@ -73,6 +75,11 @@ def sample_block(mask, remaining, min_block):
             return new
     visible = [(y, x) for y in range(gh) for x in range(gw) if not mask[y][x]]
     return random.sample(visible, remaining)                 # single patches fill up the rest
+
+
+def masked_views(image, views, grid, count, min_block):
+    """What the loader makes of each image: its views, and a mask (N,) of its own."""
+    return views(image), sample_block_mask(*grid, count, min_block).flatten()
 
 
 def hidden_patches(mask):
@@ -208,7 +215,7 @@ def train(args):
         lr = cosine_schedule(step, args.lr, args.min_lr, run.total_steps, run.warmup_steps)
         set_lr(optimizer, lr)
         for (views, mask), _ in run.micro_batches():
-            images, tokenizer_images = views_to_device(views, run.device)        # (B, 3, H, W)
+            images, tokenizer_images = data.two_views(views, run.device)         # (B, 3, H, W)
             hidden = hidden_patches(mask).to(run.device, non_blocking=True)      # (B, m)
             mask = mask.to(run.device, non_blocking=True)                        # (B, N)
             with run.autocast():
@@ -236,6 +243,7 @@ def train(args):
 
 
 def build(args, codes):
+    """The backbone that the flags describe, with heads over so many codes."""
     sizes = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
     model = BEiT(**sizes, codes=codes, drop_path=args.drop_path, early_layer=args.early_layer,
                  head_depth=args.head_depth, shared_head=not args.separate_head)
@@ -245,18 +253,10 @@ def build(args, codes):
 
 # --- data -----------------------------------------------------------------------------------------
 def open_tokenizer(args, device):
-    """The frozen tokenizer of --tokenizer. UserError if its grid of patches is another one."""
-    if not args.tokenizer.is_file():
-        size = "base" if args.model == "large" else args.model       # the paper has one for both
-        raise UserError(f"there is no tokenizer {args.tokenizer}: make it with python vqkd.py "
-                        f"--model {size}, or give --tokenizer FILE, ours or a released one")
+    """The frozen tokenizer of --tokenizer. UserError if it is not there, or has other patches."""
+    require_tokenizer(args)
     tokenizer = load_tokenizer(args.tokenizer, device)
-    side = args.image_size // args.patch_size
-    if tokenizer.encoder.grid != (side, side):
-        raise UserError(
-            f"the tokenizer {args.tokenizer} has {tokenizer.encoder.grid} patches, the backbone "
-            f"{(side, side)}: train one with python vqkd.py --image-size {args.image_size} "
-            f"--patch-size {args.patch_size}")
+    require_grid(tokenizer.encoder.grid, args)
     return tokenizer
 
 
@@ -264,35 +264,15 @@ def open_images(args, run, tokenizer):
     """-> training images in random crops, held-out images without chance; each with a mask."""
     size = args.image_size
     tokenizer_size = tokenizer.encoder.image_size[0]
-    crops = transforms.MIMTransform(size, tokenizer_size, (args.crop_scale, 1.0),
-                                    args.color_jitter)
-    sizes = dict.fromkeys([size, tokenizer_size])            # one view if both are equal
-    still = functools.partial(still_views, views=[transforms.EvalTransform(s) for s in sizes])
+    scale = args.crop_scale, 1.0
+    crops = transforms.MIMTransform(size, tokenizer_size, scale, args.color_jitter)
+    still = transforms.MIMEvalTransform(size, tokenizer_size)
     masked = functools.partial(masked_views, grid=tokenizer.encoder.grid, count=args.mask_patches,
                                min_block=args.mask_min_block)
     train_set = data.open_split(args, "train", functools.partial(masked, views=crops))
     val_set = data.open_split(args, "val", functools.partial(masked, views=still))
     data.leave_out_bad(args, run, train_set, val_set)
     return train_set, val_set
-
-
-def masked_views(image, views, grid, count, min_block):
-    """What the loader makes of each image: its views, and a mask (N,) of its own."""
-    return views(image), sample_block_mask(*grid, count, min_block).flatten()
-
-
-def still_views(image, views):
-    """The image for the backbone and for the tokenizer; one tensor if they take the same size."""
-    images = tuple(view(image) for view in views)
-    return images if len(images) > 1 else images[0]
-
-
-def views_to_device(views, device):
-    """-> images in [0, 1] for the backbone, for the tokenizer: the same tensor if of one size."""
-    if isinstance(views, torch.Tensor):
-        images = data.to_float(views, device)
-        return images, images
-    return data.to_float(views[0], device), data.to_float(views[1], device)
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -305,14 +285,13 @@ def accuracy(logits, z):
 def evaluate(model, tokenizer, dataset, commonest, run):
     """Losses and accuracies (in percent) over all hidden patches of a data set.
 
-    Two guessers that have learned nothing of images are measured on the same patches:
-    guess_position takes the commonest code of the patch's place, guess_nearest that of the
-    nearest visible patch.
+    guess_position, guess_nearest: the same for two guessers that have learned nothing of images
+    (support/guessers.py).
     """
     model.eval()
     totals = data.zeros_to_sum(7, run.device)
     for (views, mask), _ in run.eval_batches(dataset):
-        images, tokenizer_images = views_to_device(views, run.device)
+        images, tokenizer_images = data.two_views(views, run.device)
         mask = mask.to(run.device)
         with run.autocast():
             z = tokenizer.encode(tokenizer_images)
@@ -320,8 +299,8 @@ def evaluate(model, tokenizer, dataset, commonest, run):
         _, losses = mim_loss(logits, logits_cls, z[mask])
         if logits_cls is None:
             logits_cls = logits
-        guesses = [logits.argmax(-1), logits_cls.argmax(-1), commonest.expand_as(z)[mask],
-                   nearest_visible_code(z, mask, model.grid)[mask]]
+        guesses = [logits.argmax(-1), logits_cls.argmax(-1),
+                   *guess_hidden(z, mask, commonest, model.grid)]
         hidden = mask.sum()
         numbers = [hidden] + [loss * hidden for loss in losses]
         numbers += [100 * (guess == z[mask]).sum() for guess in guesses]
@@ -335,29 +314,6 @@ def evaluate(model, tokenizer, dataset, commonest, run):
     if len(model.cls_pt_layers) == 0:
         del result["loss_cls"], result["mask_acc_cls"]
     return result
-
-
-@torch.no_grad()
-def commonest_codes(tokenizer, dataset, run):
-    """The commonest code of each place, from at most 1024 images spread over the set.  -> (N,)"""
-    codes = len(tokenizer.quantize.cluster_size)
-    counts = torch.zeros(tokenizer.encoder.num_patches, codes, device=run.device)        # (N, K)
-    n = len(dataset)
-    most = min(1024, n)
-    spread = torch.utils.data.Subset(dataset, [i * n // most for i in range(most)])
-    for (views, _), _ in run.eval_batches(spread, batch_size=256):
-        with run.autocast():
-            z = tokenizer.encode(views_to_device(views, run.device)[1])
-        counts.scatter_add_(1, z.T, torch.ones_like(z.T, dtype=counts.dtype))
-    return run.sum(counts).argmax(dim=1)
-
-
-def nearest_visible_code(z, mask, grid):
-    """The code of the nearest patch that is not hidden, for every patch.  z, mask -> (B, N)"""
-    y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    places = torch.stack([y.flatten(), x.flatten()], dim=1).float().to(z.device)
-    distance = torch.cdist(places, places) + mask[:, None, :] * 1e6      # hidden ones are far away
-    return z.gather(1, distance.argmin(dim=-1))
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -127,6 +127,24 @@ def read_tokenizer(path):
     return checkpoint
 
 
+def require_tokenizer(args):
+    """UserError if there is no file --tokenizer, with the command that makes it."""
+    if not args.tokenizer.is_file():
+        size = "base" if args.model == "large" else args.model       # the paper has one for both
+        raise UserError(f"there is no tokenizer {args.tokenizer}: make it with python vqkd.py "
+                        f"--model {size}, or give --tokenizer FILE, ours or a released one")
+
+
+def require_grid(grid, args):
+    """UserError if the tokenizer's patches are not those of the backbone, for which they name z."""
+    side = args.image_size // args.patch_size
+    if grid != (side, side):
+        raise UserError(
+            f"the tokenizer {args.tokenizer} has {grid} patches, the backbone {(side, side)}: "
+            f"train one with python vqkd.py --image-size {args.image_size} "
+            f"--patch-size {args.patch_size}")
+
+
 def continue_from(model, path):
     """Fill a VQKD with the weights of a tokenizer. Another number of codes is resized.
 

@@ -250,6 +250,14 @@ def to_float(images, device):
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
+def two_views(views, device):
+    """Stage 2: -> images in [0, 1] for the backbone, for the tokenizer; the same if of one size."""
+    if isinstance(views, torch.Tensor):
+        images = to_float(views, device)
+        return images, images
+    return to_float(views[0], device), to_float(views[1], device)
+
+
 def zeros_to_sum(n, device):
     """n zeros for adding up over a data set: float64, except on mps, which has none."""
     dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -4,6 +4,7 @@
     MIMTransform       stage 2: colours shaken, then one window for the backbone and the tokenizer
     FinetuneTransform  stage 3: a random window, RandAugment, erasing
     EvalTransform      every stage, without chance: the centre, or the whole of a small image
+    MIMEvalTransform   stage 2: that, for the backbone and the tokenizer
 
 An image is (3, H, W) uint8 before and after, apart from erasing, which gives float32 in [0, 1].
 Every draw comes from torch's global generator (RandAugment: also from `random` and numpy); the
@@ -183,3 +184,19 @@ class EvalTransform:
             image = VF.center_crop(image, [min(side, longest) for side in shape])
         image = VF.resize(image, [self.size * 256 // 224], **BICUBIC)
         return VF.center_crop(image, square)
+
+
+class MIMEvalTransform:
+    """Stage 2 without chance: an EvalTransform for the backbone, one for the tokenizer.
+
+    As from MIMTransform, the result is (view of `size`, view of `tokenizer_size`), or one tensor
+    if both are equal.
+    """
+
+    def __init__(self, size, tokenizer_size):
+        sizes = [size] if size == tokenizer_size else [size, tokenizer_size]
+        self.transforms = [EvalTransform(side) for side in sizes]
+
+    def __call__(self, image):
+        views = [transform(image) for transform in self.transforms]
+        return tuple(views) if len(views) > 1 else views[0]

@@ -36,6 +36,7 @@ TESTS = {  # which tests/test_*.py run, in this order, where a bug names no othe
     "vqkd.py": "nearest_code straight_through vqkd_loss ema",
     "support/codebook.py": "codebook_health ema",
     "pretrain.py": "block_mask aggregation mim_loss",
+    "support/guessers.py": "guessers",
     "model.py": "model aggregation",
     "finetune.py": "layer_decay finetune",
     "linprobe.py": "linprobe",
@@ -362,8 +363,8 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ("1600 epochs as 300", ">= 1600", "> 1600"),
         (
             "tokenizer gets the backbone's pixels",
-            "tokenizer.encode(tokenizer_images)          ",
-            "tokenizer.encode(imagenet_normalize(tokenizer_images))  ",
+            "z = encode(tokenizer_images)",
+            "z = encode(imagenet_normalize(tokenizer_images))",
         ),
         ("gradients not clipped", "args.clip_grad or math.inf", "math.inf"),
         (
@@ -371,7 +372,6 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             "z = z.gather(1, hidden).flatten()",
             "z = z[~mask][:hidden.numel()]",
         ),
-        ("codes counted once a batch", "counts.scatter_add_(1, z.T,", "counts.scatter_(1, z.T,"),
         ("evaluation with drop path", "    model.eval()\n", "", LOOPS),
         ("training without drop path", "    model.train()\n", "", LOOPS),
         (
@@ -379,6 +379,15 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             "named_parameters(), args.weight_decay)",
             "named_parameters(), 0)",
             LOOPS,
+        ),
+    ],
+    "support/guessers.py": [
+        ("codes counted once a batch", "counts.scatter_add_(1, z.T,", "counts.scatter_(1, z.T,"),
+        ("guesses of all patches", "return by_position[mask],", "return by_position,"),
+        (
+            "the nearest patch may be hidden",
+            "torch.cdist(places, places) + mask[:, None, :] * 1e6",
+            "torch.cdist(places, places) + 0 * mask[:, None, :]",
         ),
     ],
     "finetune.py": [

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from model import PRESETS, count_parameters
-from pretrain import BEiT, aggregate, mim_loss, nearest_visible_code, parse_args
+from pretrain import BEiT, aggregate, mim_loss, parse_args
 
 
 def tiny(early_layer=2, head_depth=2, **options):
@@ -204,14 +204,3 @@ def test_recipes_are_the_papers_table(model, epochs, beta2, drop_path, early_lay
     assert (args.batch_size, args.weight_decay, args.clip_grad) == (2048, 0.05, 3.0)
     assert (args.mask_patches, args.mask_min_block) == (75, 16)
     assert (args.crop_scale, args.color_jitter) == (0.2, 0.4)
-
-
-# --- measuring ------------------------------------------------------------------------------------
-def test_the_nearest_visible_patch_lends_its_code():
-    z = torch.arange(9)[None]
-    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 0, 1]], dtype=torch.bool)
-    guess = nearest_visible_code(z, mask, (3, 3))[0]
-    assert torch.equal(guess[~mask[0]], z[0][~mask[0]])      # a visible patch is its own nearest
-    assert guess[4] in (1, 3, 7)
-    assert guess[5] == 2
-    assert guess[8] == 7

@@ -9,10 +9,9 @@ import pretrain
 import vqkd
 from conftest import log_lines
 from model import ViT, imagenet_normalize
-from pretrain import BEiT, commonest_codes, mim_loss
+from pretrain import BEiT, mim_loss
 from support import data
 from support.files import read_file, write_file
-from support.process import Process
 from support.run import contents
 
 
@@ -182,22 +181,3 @@ def test_gradients_are_clipped_to_the_norm_asked_for(run):
     assert norm > 0.01                                       # logged as it was before
     assert max((clipped[k] - start[k]).abs().max() for k in start) < 1e-5
     assert max((free[k] - start[k]).abs().max() for k in start) > 5e-3
-
-
-# --- measuring ------------------------------------------------------------------------------------
-def test_the_guesser_of_places_takes_the_commonest_code_of_each_place():
-    class Tokenizer:                                         # an image of one colour is its code
-        encoder = ViT(16, 8, 8, 1, 1, positions="absolute")
-        quantize = vqkd.Codebook(4, 2)
-
-        def encode(self, images):
-            code = (images[:, 0, 0, 0] * 255).round().long()
-            return (code[:, None] + torch.tensor([0, 0, 1, 0])).clamp(max=3)
-
-    class OneProcess(Process):
-        def eval_batches(self, dataset, batch_size):
-            yield torch.utils.data.default_collate([dataset[i] for i in range(len(dataset))]), None
-
-    codes = [0, 2, 2, 1, 2]
-    dataset = [(torch.full((3, 16, 16), code, dtype=torch.uint8), 0) for code in codes]
-    assert commonest_codes(Tokenizer(), dataset, OneProcess()).tolist() == [2, 2, 3, 2]

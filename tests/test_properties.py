@@ -16,12 +16,13 @@ from extras.robustness import restrict
 from finetune import hits, mix, smooth_targets, soft_cross_entropy
 from linprobe import accuracy, hold_out
 from model import position_table, relative_position_index
-from pretrain import nearest_visible_code, sample_block_mask
+from pretrain import sample_block_mask
 from segment import confusion, poly_schedule, scores, slide, window_starts
 from support import data
 from support.codebook import codebook_usage, resize_codebook
 from support.labels import choose_labels
 from support.optim import cosine_schedule
+from support.guessers import nearest_visible_code
 from support.positions import resize_pos_embed, resize_relative_table
 from support.process import seed_all
 from support.scenes import IGNORE, fit_size

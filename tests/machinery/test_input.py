@@ -13,6 +13,7 @@ import vqkd
 from extras import visualize
 from results import ablate, factors
 from support import data
+from support.codebook import require_grid, require_tokenizer
 from support.files import UserError
 
 # What reads the flags of a command, and other flags that it needs to get as far as the ranges.
@@ -113,6 +114,24 @@ def test_flags_that_contradict_each_other_are_one_sentence(call, flags, words):
     with pytest.raises(UserError, match=words) as caught:
         call(flags.split())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model, made_by", [
+    ("small", "small"), ("base", "base"), ("large", "base")])
+def test_a_missing_tokenizer_is_one_sentence_with_the_command_that_makes_it(
+        tmp_path, model, made_by):
+    args = pretrain.parse_args(["--model", model, "--tokenizer", str(tmp_path / "none.pt")])
+    text = sentence(require_tokenizer, args)
+    assert f"there is no tokenizer {tmp_path}/none.pt: make it with python vqkd.py " in text
+    assert f"--model {made_by}, or give --tokenizer FILE" in text
+
+
+def test_a_tokenizer_with_other_patches_than_the_backbone_is_one_sentence():
+    args = pretrain.parse_args(["--image-size", "96", "--tokenizer", "t.pt"])
+    require_grid((12, 12), args)
+    text = sentence(require_grid, (6, 6), args)
+    assert "the tokenizer t.pt has (6, 6) patches, the backbone (12, 12)" in text
+    assert "python vqkd.py --image-size 96 --patch-size 8" in text
 
 
 @pytest.mark.parametrize("main, flags", [

@@ -99,6 +99,15 @@ def test_both_views_of_masked_image_modelling_show_one_window():
     assert torch.is_tensor(transforms.MIMTransform(48, 48)(photo()))     # one size, one tensor
 
 
+def test_held_out_images_are_shown_to_backbone_and_tokenizer_as_to_all_other_stages():
+    image = photo(300, 400)
+    views = transforms.MIMEvalTransform(224, 112)(image)
+    for view, size in zip(views, (224, 112), strict=True):
+        assert torch.equal(view, transforms.EvalTransform(size)(image))
+    one = transforms.MIMEvalTransform(224, 224)(image)       # one size, one tensor
+    assert torch.equal(one, views[0])
+
+
 def test_colour_jitter_acts_on_the_whole_image_before_the_crop(monkeypatch):
     transform, seen = transforms.MIMTransform(16), []
 
