@@ -1,4 +1,4 @@
-"""Stage 3c, semantic segmentation: a class for every pixel, through UPerNet (BEiT v2, Section 3.2).
+"""Stage 3c, semantic segmentation: a class for every pixel, through UPerNet (BEiT v2, Section 3.3).
 
     image --ViT--> outputs of four blocks --pyramid--> maps at 1/4, 1/8, 1/16, 1/32 of the image
                                           --UPerNet--> the class of every pixel, at 1/4

@@ -1,6 +1,5 @@
 """The house: what stands at the top level, which way imports point, how long things are."""
 import ast
-from pathlib import Path
 
 import pytest
 
@@ -98,11 +97,3 @@ def test_every_module_and_every_function_of_a_stage_says_what_it_is_for(path):
         silent = [node.name for node in tree.body if isinstance(node, ast.ClassDef)
                   and not ast.get_docstring(node)]
         assert not silent
-
-
-def test_no_comment_names_a_file_that_readers_do_not_have():
-    for path in [*SOURCES, *ROOT.glob("tests/**/*.py"), ROOT / "README.md"]:
-        if path == Path(__file__):
-            continue
-        for name in ("REFERENCE.md", "DESIGN.md", "STYLE.md"):
-            assert name not in path.read_text(), f"{path.name} names {name}"
