@@ -17,24 +17,24 @@ The paper's best figures come by way of ImageNet-21k: first a classifier of its 
 (--intermediate, which writes finetune_21k.pt), then one of the 1,000 classes (--init 21k).
 """
 # Shapes:  B images, T = 1 + N tokens, D width, C classes
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, ViT, imagenet_normalize, initialise
-from support import data, transforms, weights
+from model import imagenet_normalize, initialise
+from support import data, weights
 from support.args import check_preset, fill_in, number, run_parser, whole
-from support.files import Log, UserError, rounded
+from support.files import UserError
 from support.labels import open_for_classifier, open_sets
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
 from support.process import launch, seed_all
 from support.run import Run, dry_run
+from support.start import describe_start, read_start, start_backbone, start_file
+from support.transforms import RANDAUGMENT, EvalTransform, FinetuneTransform
 
 MODELS = "tiny", "small", "base", "large"
-RANDAUGMENT = "rand-m9-mstd0.5-inc1"     # as timm describes it
 RECIPE = {  # base and large: the paper's after 300 epochs of pre-training; tiny and small: ours
     #                 tiny    small        base         large
     "lr":            (1e-3,   5e-4,        5e-4,        5e-4),       # not scaled by the batch size
@@ -124,7 +124,7 @@ def soft_cross_entropy(logits, targets):
 
 
 @torch.no_grad()
-def new_head(model):
+def shrink_head(model):
     """Shrink a head with random weights to a thousandth.
 
     Recipe, not in the paper: all classes then start alike, and the first gradients that reach the
@@ -140,22 +140,19 @@ def build(args, checkpoint, classes):
     checkpoint: from read_start. None means random weights, and then the report is None, too.
     A head from the checkpoint is kept only if it has the same classes.
     """
+    model, report = start_backbone(args, checkpoint, pool=args.pool, num_classes=len(classes),
+                                   drop_path=args.drop_path)
     if checkpoint is None:
-        sizes = PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
-        model = ViT(**sizes, pool=args.pool, num_classes=len(classes), drop_path=args.drop_path)
-        new_head(model)
+        shrink_head(model)
         return model, None
-    model, _, report = weights.load_backbone(
-        checkpoint, pool=args.pool, num_classes=len(classes), image_size=args.image_size,
-        drop_path=args.drop_path)
     names = checkpoint.file.get("classes") or classes        # released files name no classes
     if names != classes and "head.weight" in report.loaded:
-        initialise(model.head)           # as many classes, but others
+        initialise(model.head)           # as many classes, but of other names
         report = report._replace(
             loaded=[name for name in report.loaded if not name.startswith("head.")],
             missing=[*report.missing, "head.weight", "head.bias"])
     if "head.weight" in report.missing:
-        new_head(model)
+        shrink_head(model)
     return model, report
 
 
@@ -185,7 +182,7 @@ def evaluate(model, dataset, run):
     Every image counts once, over all processes.
     """
     model.eval()
-    totals = data.zeros_to_sum(4, run.device)
+    totals = data.zeros_to_sum(4, run.device)                # loss, first, first five, images
     for images, labels in run.eval_batches(dataset):
         labels = labels.to(run.device)
         logits = class_logits(model, images, run)
@@ -212,7 +209,7 @@ def train(args, checkpoint):
     groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer = adamw(groups, (0.9, 0.999), run.device)
     best = Best()
-    run.print(describe(args, report))
+    run.print(describe_start(args, report))
     network = run.start(train_set, model=model, optimizer=optimizer, best=best,
                         facts={"chance": math.log(len(classes))},
                         about={"classes": classes, "epochs": args.epochs})
@@ -266,34 +263,12 @@ class Best:
         self.facts = dict(facts)
 
 
-def stage_of(args):
-    """The name of a run's files. The classifier of ImageNet-21k has a name of its own."""
-    return "finetune_21k" if args.intermediate else "finetune"
-
-
-def describe(args, report):
-    """Where the weights come from, and which parts were started afresh or not used."""
-    if report is None:
-        return "random weights"
-    fresh = sorted({name.split(".")[0] for name in report.missing})
-    unused = sorted({name.split(".")[0] for name in report.unexpected})
-    return (f"weights from {args.checkpoint} ({len(report.loaded)} tensors; "
-            f"fresh: {', '.join(fresh)}; unused: {', '.join(unused)})")
-
-
 # --- data -----------------------------------------------------------------------------------------
 def open_images(args, process):
     """-> augmented training images, held-out images (None if nothing is evaluated)."""
     randaugment = None if args.randaugment in ("none", "") else args.randaugment
-    try:
-        augment = transforms.FinetuneTransform(
-            args.image_size, scale=(args.crop_scale, 1.0), erasing=args.erasing,
-            randaugment=randaugment)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"--randaugment {args.randaugment} is not understood by timm: "
-                        f"give {RANDAUGMENT}, for example, or none") from error
-    still = transforms.EvalTransform(args.image_size)
-    return open_sets(args, process, augment, still)
+    augment = FinetuneTransform(args.image_size, (args.crop_scale, 1.0), randaugment, args.erasing)
+    return open_sets(args, process, augment, EvalTransform(args.image_size))
 
 
 def refuse_odd_batches(args, processes):
@@ -309,14 +284,11 @@ def evaluate_file(args, checkpoint):
     run = Run("finetune_eval", args)
     model, file, _ = weights.load_backbone(checkpoint, pool=None, num_classes=None,
                                            image_size=args.image_size)
-    still = transforms.EvalTransform(args.image_size)
+    still = EvalTransform(args.image_size)
     dataset, _ = open_for_classifier(args.data, still, args, file, model.num_classes)
     data.leave_out_bad(args, run, dataset)
-    log = Log(args.out / "finetune_eval.jsonl", args, run, append=True)
     result = evaluate(model.to(run.device), dataset, run)
-    summary = dict(summary=1, data=args.data, checkpoint=str(args.checkpoint), **result)
-    log(**summary)
-    run.print(json.dumps(rounded(summary)))
+    run.log_measurement(result)
     return result
 
 
@@ -350,7 +322,9 @@ def parse_args(argv=None):
     add("--warmup-epochs", type=number(0, 10**6), help="epochs of linear warm-up; base: 20")
     args = p.parse_args(argv)
     check_preset(args, MODELS)
-    args.checkpoint = start_file(args)
+    if args.intermediate and args.init != "pretrain":
+        raise UserError(f"--intermediate starts from pre-training: leave out --init {args.init}")
+    args.checkpoint = start_file(args, stage_of(args))
     if args.data and len(args.data) > 1:
         raise UserError(f"--data takes one data set; to measure a classifier on several: python -m "
                         f"extras.robustness CHECKPOINT --data {' '.join(args.data)}")
@@ -358,35 +332,9 @@ def parse_args(argv=None):
     return args
 
 
-def start_file(args):
-    """The file that --init names (with --eval: this stage's own), or None for random weights."""
-    if args.intermediate and args.init != "pretrain":
-        raise UserError(f"--intermediate starts from pre-training: leave out --init {args.init}")
-    if args.init == "scratch" and not args.eval:
-        if args.checkpoint:
-            raise UserError(f"--init scratch starts from random weights: "
-                            f"leave out --checkpoint {args.checkpoint}")
-        return None
-    name = "finetune_21k" if args.init == "21k" else "pretrain"
-    if args.eval:
-        name = stage_of(args)
-    folder = args.out or Path("runs") / args.model
-    return args.checkpoint or folder / f"{name}.pt"
-
-
-def read_start(args):
-    """The file to start from, or with --eval to measure; read once.  -> Checkpoint or None
-
-    None: random weights, or a dry run without the file.
-    """
-    path = args.checkpoint
-    if path is None or (args.dry_run and not path.is_file()):
-        return None
-    classifier = args.eval or args.init == "21k"
-    script = "finetune.py" if classifier else "pretrain.py"
-    if path.stem == "finetune_21k":
-        script += " --intermediate"
-    return weights.read_start(args, script, classifier)
+def stage_of(args):
+    """The name of a run's files. The classifier of ImageNet-21k has a name of its own."""
+    return "finetune_21k" if args.intermediate else "finetune"
 
 
 def recipe_for(preset, pretrain_epochs=None, init="pretrain", intermediate=False):

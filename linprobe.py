@@ -7,7 +7,8 @@ grid of heads (block x read-out x norm x rate) is trained at once. The result de
 choices, and the paper names only one of them: [CLS] of the last layer. Every head is shown. The
 head to report is chosen on a tenth of the TRAINING images.
 
-Read in this order: readout, summarise, LinearHeads, Probe, train_heads, accuracy, choose, knn.
+Read in this order: readout, summarise, LinearHeads, Probe, train_heads, accuracy, choose, knn,
+run_probe.
 
     python linprobe.py                     # tiny on built-in shapes: reads runs/tiny/pretrain.pt
     python linprobe.py --source all        # backbone, tokenizer, random weights, raw pixels
@@ -16,7 +17,6 @@ Read in this order: readout, summarise, LinearHeads, Probe, train_heads, accurac
 # Shapes:  n images, B images of a batch, T = 1 + N tokens with [CLS] first, D width,
 #          L layers (blocks, then the final norm), F = 2D features per layer ([CLS] | patch mean),
 #          F' features of one read-out, S settings, H = read-outs x norms, C classes
-import dataclasses
 import json
 import shutil
 import time
@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import PRESETS, ViT, imagenet_normalize, initialise, rescale_residual_branches
-from support import data, transforms, weights
+from model import PRESETS, imagenet_normalize
 from support.args import check_range, fill_in, number, run_parser, whole
-from support.features import WithCrops, store_features
 from support.files import Log, UserError, describe_run, rounded, write_file
 from support.optim import adamw, cosine_schedule, set_lr
-from support.probe_tables import grid_of_heads, sources_compared
-from support.process import join_processes, launch, seed_all
+from support.probe import (
+    SOURCES, feature_folder, file_of, grid_of_heads, load_source, open_images, sources_compared,
+    store_split)
+from support.process import join_processes, launch
 from support.run import dry_run, find_resume_file
 
 MODELS = "tiny", "small", "base", "large"
@@ -52,7 +52,6 @@ RECIPE = {  # All ours: the paper states no optimiser, rate or norm.
 PIXEL_SETTINGS = [(rate, decay) for rate in (1e-4, 3e-4, 1e-3) for decay in (1.0, 30.0, 300.0)]
 READOUTS = "cls", "mean", "both"
 NORMS = "none", "batchnorm"
-SOURCES = "pretrain", "tokenizer", "random"
 
 
 # --- method: features -----------------------------------------------------------------------------
@@ -72,13 +71,23 @@ def summarise(model, x, blocks=None):
     # raw last layer were far below the paper's figure.
     norm = model.fc_norm if model.pool == "mean" else model.norm
     tokens.append(norm(tokens[-1]))
-    return torch.stack([readout(t.float(), "both") for t in tokens], dim=1)
+    return torch.stack([readout(x.float(), "both") for x in tokens], dim=1)
+
+
+def encode(source, images):
+    """Images (B, 3, H, W) in [0, 1] -> features (B, L, F) of a Source: a network, or the pixels."""
+    if source.model is not None:
+        return summarise(source.model, imagenet_normalize(images), blocks=len(source.layers) - 1)
+    if source.image_size > 48:           # 224 px would be 150,528 numbers per image
+        images = F.interpolate(images, size=48, mode="area")
+    return images.flatten(1)[:, None]                        # a single layer
 
 
 def columns(kind, width):
     """Where a read-out lies among the `width` = F features of a layer: a slice."""
     half = width // 2
-    return dict(cls=slice(0, half), mean=slice(half, width)).get(kind, slice(0, width))
+    parts = dict(cls=slice(0, half), mean=slice(half, width))
+    return parts.get(kind, slice(0, width))                  # both, pixels: all of them
 
 
 def mean_and_variance(features, rows, chunk=4096):
@@ -114,6 +123,8 @@ class LinearHeads(nn.Module):
 
     def __init__(self, kind, variance, norm, settings, classes):
         super().__init__()
+        self.kind = kind
+        self.norm = norm
         self.columns = columns(kind, variance.shape[1])
         variance = variance[:, self.columns]
         layers, width = variance.shape                       # L, F'
@@ -164,7 +175,7 @@ def train_heads(probe, features, labels, rows, steps, batch_size, seed=0):
     No head's loss contains the weights of another, and AdamW treats every number by itself. So each
     head learns exactly what it would learn alone.
     """
-    groups = []
+    groups = []                              # set_lr multiplies the schedule by lr_scale
     for s, (rate, decay) in enumerate(probe.settings):
         matrices = [group.weight[s] for group in probe.groups]
         biases = [group.bias[s] for group in probe.groups]
@@ -213,17 +224,16 @@ def score_heads(probe, features, labels, rows, chunk=512):
     return total.cpu() / len(rows)
 
 
-def choose(held_out, source):
+def choose(held_out, probe, source):
     """The best setting of every layer, read-out and norm.  held_out (L, S, H) -> a list of rows"""
-    kinds = [(kind, norm) for kind in source.readouts for norm in NORMS]
     table = []
     for layer, block in enumerate(source.layers):
-        for h, (kind, norm) in enumerate(kinds):
+        for h, group in enumerate(probe.groups):
             s = int(held_out[layer, :, h].argmax())
-            rate, decay = source.settings[s]
-            is_paper = block == source.layers[-1] and kind == source.paper
+            rate, decay = probe.settings[s]
+            is_paper = block == source.layers[-1] and group.kind == source.paper
             table.append(dict(
-                at=(layer, s, h), block=block, readout=kind, norm=norm, rate=rate,
+                at=(layer, s, h), block=block, readout=group.kind, norm=group.norm, rate=rate,
                 weight_decay=decay, held_out=held_out[layer, s, h].item(), paper=is_paper))
     return table
 
@@ -251,96 +261,6 @@ def hold_out(n, seed):
     return order[tenth:], order[:tenth]
 
 
-# --- whose features -------------------------------------------------------------------------------
-@dataclasses.dataclass
-class Source:
-    """A frozen network, or the raw pixels, and what of it is probed."""
-
-    name: str
-    model: ViT | None
-    image_size: int
-    layers: list             # their names: block numbers, then "norm"
-    settings: list           # S pairs (rate, weight decay)
-    readouts: tuple = READOUTS
-    paper: str = "cls"       # the read-out that the paper's figure stands for
-
-    def encode(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> features (B, L, F)."""
-        if self.model is None:
-            # At most 48 px: 224 px would be 150,528 numbers per image.
-            if self.image_size > 48:
-                images = F.interpolate(images, size=48, mode="area")
-            return images.flatten(1)[:, None]
-        return summarise(self.model, imagenet_normalize(images), len(self.layers) - 1)
-
-
-def load_source(name, args, device):
-    """-> Source. name: one of SOURCES, or "pixels", which tells what needs no network at all."""
-    size = args.image_size or PRESETS[args.model]["image_size"]
-    if name == "pixels":
-        return Source(name, None, size, ["pixels"], PIXEL_SETTINGS, ("pixels",), "pixels")
-    paper = "cls"
-    if name == "random":
-        seed_all(args.seed)
-        preset = PRESETS[args.model] | dict(image_size=size, patch_size=args.patch_size)
-        model = ViT(**preset, positions="shared", pool=None)
-        initialise(model, preset.get("init_std", 0.02), cut=1.0, convolutions=True)
-        rescale_residual_branches(model.blocks)              # as pre-training starts
-    else:
-        script = "vqkd.py" if name == "tokenizer" else "pretrain.py"
-        command = f"python {script} --model {args.model} --out {args.out}"
-        checkpoint = weights.read(file_of(name, args), remedy=f"make it with {command}")
-        # The tokenizer's pixel range is folded into its first layer, so all take the same input.
-        model, _, report = weights.load_backbone(checkpoint, pool=None, image_size=args.image_size)
-        # The paper reads [CLS] if patch aggregation trained it; otherwise we read the patch mean.
-        aggregated = any(key.startswith("cls_pt_layers.") for key in report.unexpected)
-        paper = "cls" if aggregated else "mean"
-    model = model.to(device).eval().requires_grad_(False)
-    first = model.depth - min(args.blocks, model.depth)
-    layers = [str(block + 1) for block in range(first, model.depth)] + ["norm"]
-    settings = [(rate, args.weight_decay) for rate in args.rates]
-    return Source(name, model, model.image_size[0], layers, settings, paper=paper)
-
-
-def file_of(name, args):
-    """The checkpoint that a source is read from."""
-    if name == "tokenizer":
-        return args.out / "vqkd.pt"
-    return args.checkpoint or args.out / "pretrain.pt"
-
-
-# --- data -----------------------------------------------------------------------------------------
-def open_images(source, args, process):
-    """-> training and validation images, whole, with labels."""
-    plain = transforms.EvalTransform(source.image_size)
-    train_set = data.open_split(args, "train", plain, labelled=True)
-    val_set = data.open_split(args, "val", plain, labelled=True)
-    data.leave_out_bad(args, process, train_set, val_set)
-    if len(train_set) < 10:
-        raise UserError(f"{len(train_set)} training images are too few to hold a tenth out: "
-                        f"raise --limit or add images")
-    return train_set, val_set
-
-
-def store(source, dataset, augment, args, process):
-    """-> features (n (1 + augment), L, F), which stay in a file until they are used, and labels."""
-    def encode(images):
-        with process.autocast():
-            return source.encode(images)
-
-    # float16 halves the file: base on ImageNet is 1.28 M x 13 x 1536 numbers, 51 GB.
-    features = store_features(
-        feature_folder(args), "--cache", source.name, encode, WithCrops(dataset, augment), process,
-        networks=[source.model] if source.model else [], about=source.layers,
-        dtype="float32" if args.model == "tiny" else "float16",
-        batch_size=args.micro_batch, workers=args.workers)
-    return features, dataset.labels.repeat_interleave(1 + augment)
-
-
-def feature_folder(args):
-    return args.cache or args.out / "linprobe.features"
-
-
 # --- training: all heads of one source ------------------------------------------------------------
 def run_probe(source, args, process, log):
     """Everything for one source.  -> its summary, its best head (rank 0; None, None elsewhere)"""
@@ -349,8 +269,8 @@ def run_probe(source, args, process, log):
 
     # 1. Features of all images, once. `views` rows of the file belong to one training image.
     views = 1 + args.augment
-    train = store(source, train_set, args.augment, args, process)        # features, labels
-    val = store(source, val_set, 0, args, process)
+    train = store_split(source, encode, train_set, args.augment, args, process)
+    val = store_split(source, encode, val_set, 0, args, process)         # features, labels
     if not process.is_main:                  # the heads are small: rank 0 trains them alone
         return None, None
     print(f"{source.name}: features of {len(train_set)} images in {time.time() - begin:.1f} s")
@@ -359,13 +279,18 @@ def run_probe(source, args, process, log):
     fit, held = hold_out(len(train_set), args.seed)
     fit = torch.cat([fit * views + view for view in range(views)])       # rows of the file
     mean, variance = mean_and_variance(train[0], fit)
-    probe = Probe(mean, variance, source.readouts, source.settings, len(train_set.classes))
-    probe = probe.to(process.device)
+    readouts = READOUTS
+    settings = [(rate, args.weight_decay) for rate in args.rates]
+    if source.model is None:
+        readouts = ["pixels"]
+        settings = PIXEL_SETTINGS
+    probe = Probe(mean, variance, readouts, settings, len(train_set.classes)).to(process.device)
     steps = args.steps or args.epochs * max(1, len(fit) // args.batch_size)
     train_heads(probe, *train, fit, steps, args.batch_size, args.seed)
 
     # 3. Choose on the held-out tenth: the setting of every head, and the best head of all.
-    table = choose(score_heads(probe, *train, held * views)[0], source)
+    held_out, _ = score_heads(probe, *train, held * views)
+    table = choose(held_out, probe, source)
     best = max(table, key=lambda row: row["held_out"])
     paper = max((row for row in table if row["paper"]), key=lambda row: row["held_out"])
 

@@ -16,7 +16,6 @@ Read in this order: add_pyramid, UPerHead, UPerNet, pixel_cross_entropy, slide, 
 """
 # Shapes:  B images, gh x gw patches, T = 1 + gh gw tokens, D width, C classes,
 #          h x w the size of some map, H x W that of the image
-import json
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -25,16 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import PRESETS, ViT, imagenet_normalize
+from model import ViT, imagenet_normalize
 from support import batchnorm, data, weights
 from support.args import check_range, fill_in, number, run_parser, whole
-from support.files import Log, UserError, rounded
+from support.files import UserError
 from support.optim import adamw, param_groups, set_lr
-from support.process import join_processes, launch, seed_all
+from support.process import launch, seed_all
 from support.run import Run, dry_run
 from support.scenes import (
-    IGNORE, SegmentTransform, by_name, class_table, draw_scenes, fit_size, open_split,
-    refuse_other_classes)
+    IGNORE, SegmentTransform, by_name, class_table, draw_scenes, fit_size, open_for_segmenter,
+    open_split)
+from support.start import describe_start, read_start, start_backbone, start_file
 
 MODELS = "tiny", "small", "base", "large"
 RECIPE = {  # base and large: the appendix's table of hyper-parameters; tiny and small: ours
@@ -310,20 +310,21 @@ def name_pixels(model, images, process, multi_scale=False):
         return predict(model, images, scales, flip=multi_scale).argmax(dim=1)
 
 
-def evaluate(model, dataset, batches, process, multi_scale=False):
+def evaluate(model, dataset, run, multi_scale=False):
     """The scores of held-out images, each at its own size, over all processes."""
     model.eval()
     classes = len(dataset.classes)
-    matrix = torch.zeros(classes, classes, dtype=torch.long, device=process.device)
-    for images, labels in batches:
-        labels = labels.to(process.device).long()            # (B, H, W)
-        matrix += confusion(name_pixels(model, images, process, multi_scale), labels, classes)
+    matrix = torch.zeros(classes, classes, dtype=torch.long, device=run.device)
+    for images, labels in run.eval_batches(dataset, dataset.at_once):
+        labels = labels.to(run.device).long()                # (B, H, W)
+        matrix += confusion(name_pixels(model, images, run, multi_scale), labels, classes)
     model.train()
-    return scores(process.sum(matrix), dataset.background)
+    return scores(run.sum(matrix), dataset.background)
 
 
 # --- training -------------------------------------------------------------------------------------
 def train(args):
+    """The run that the arguments describe.  -> figures of the last evaluation"""
     run = Run("segment", args)
     crops = SegmentTransform(args.image_size, args.jitter, args.distortion)
     train_set = open_split(args, "train", args.classes, crops)
@@ -333,7 +334,9 @@ def train(args):
 
     seed_all(args.seed)
     batchnorm.check_batch(args, run)
-    model = batchnorm.synchronise(build(args, len(names), run), run).to(run.device).train()
+    model, report = build(args, read_start(args), len(names))
+    model = batchnorm.synchronise(model, run).to(run.device).train()
+    run.print(describe_start(args, report))
     groups = rate_groups(model, args.weight_decay, args.layer_decay)
     optimizer = adamw(groups, (0.9, 0.999), run.device)
     network = run.start(train_set, model=model, optimizer=optimizer,
@@ -361,8 +364,7 @@ def train(args):
             run.log(loss=loss, loss_main=loss_main, loss_aux=loss_aux)
         if run.evaluation_due:
             batchnorm.average_statistics(model, run)         # all processes measure one network
-            batches = run.eval_batches(val_set, val_set.at_once)
-            result, iou, acc = evaluate(model, val_set, batches, run)
+            result, iou, acc = evaluate(model, val_set, run)
             run.log_evaluation(result)
 
     run.print(class_table(names, iou, acc))
@@ -373,33 +375,16 @@ def train(args):
     return result
 
 
-def build(args, classes, process):
-    """-> UPerNet on the backbone in --checkpoint, or on random weights."""
-    vit = new_backbone(args) if args.init == "scratch" else load_start(args, process)
-    return UPerNet(vit, classes, args.channels)
-
-
-def new_backbone(args):
-    patch_size = args.patch_size or PRESETS[args.model]["patch_size"]
-    sizes = dict(image_size=args.image_size, patch_size=patch_size, drop_path=args.drop_path)
-    return ViT(**PRESETS[args.model] | sizes)
-
-
-# --- networks from files --------------------------------------------------------------------------
-def load_start(args, process):
-    """The backbone in the file --checkpoint, its positions resized to the crop."""
-    classifier = args.init == "21k"
-    script = "finetune.py --intermediate" if classifier else "pretrain.py"
-    checkpoint = weights.read_start(args, script, classifier)
-    if checkpoint.kind == "segment":
+def build(args, checkpoint, classes):
+    """-> UPerNet, Report of the names loaded.  checkpoint: from read_start; None: random weights"""
+    if checkpoint is not None and checkpoint.kind == "segment":
         raise UserError(f"{args.checkpoint} is a segmenter already: measure it with --eval, or "
                         f"start from a backbone")
-    vit, _, report = weights.load_backbone(checkpoint, pool=None, image_size=args.image_size,
-                                           drop_path=args.drop_path)
-    process.print(f"backbone from {args.checkpoint} ({len(report.loaded)} tensors)")
-    return vit
+    vit, report = start_backbone(args, checkpoint, pool=None, drop_path=args.drop_path)
+    return UPerNet(vit, classes, args.channels), report
 
 
+# --- a segmenter from a file ----------------------------------------------------------------------
 def upernet(classes, channels, aux_channels, **sizes):
     """UPerNet from the facts of a file."""
     return UPerNet(ViT(**sizes), classes, channels, aux_channels)
@@ -415,24 +400,13 @@ def load_segmenter(path):
 
 def evaluate_file(args):
     """--eval: measure the segmenter in a file on the held-out images of --data."""
-    process = join_processes(args.device, args.amp)
-    args.amp = process.amp
+    run = Run("segment_eval", args)
     model, file = load_segmenter(args.checkpoint)
-    classes = model.arch()["num_classes"]
-    in_folder = None if args.data == "shapes" else classes
-    val_set = open_split(args, "val", args.classes or in_folder)
-    refuse_other_classes(val_set, args.checkpoint, classes, file.get("classes"))
-    data.leave_out_bad(args, process, val_set)
-    shares = data.eval_batches(len(val_set), val_set.at_once, process.rank, process.world_size)
-    batches = data.make_loader(val_set, shares, args.workers, process.device)
-    model = model.to(process.device)
-    result, iou, acc = evaluate(model, val_set, batches, process, args.multi_scale)
-
-    summary = dict(summary=1, checkpoint=str(args.checkpoint), images=len(val_set), **result)
-    log = Log(args.out / "segment_eval.jsonl", args, process, append=True)
-    log(**summary, iou=by_name(val_set.classes, iou))
-    process.print(class_table(val_set.classes, iou, acc))
-    process.print(json.dumps(rounded(summary)))
+    val_set = open_for_segmenter(args, model.arch()["num_classes"], file.get("classes"))
+    data.leave_out_bad(args, run, val_set)
+    result, iou, acc = evaluate(model.to(run.device), val_set, run, args.multi_scale)
+    run.print(class_table(val_set.classes, iou, acc))
+    run.log_measurement(result | dict(images=len(val_set)), iou=by_name(val_set.classes, iou))
     return result
 
 
@@ -463,20 +437,15 @@ def parse_args(argv=None):
         raise UserError("--multi-scale belongs to --eval: training measures at one scale")
     if args.eval and (args.image_size or args.patch_size):
         raise UserError("--eval reads --image-size and --patch-size in the file: leave them out")
-    from_scratch = args.init == "scratch" and not args.eval
-    if from_scratch and args.checkpoint:
-        raise UserError(f"--init scratch reads no file: leave out --checkpoint {args.checkpoint}")
+    args.checkpoint = start_file(args, "segment")
     patch_size = args.patch_size
     fill_in(args, MODELS, RECIPE | OTHER_STARTS.get(args.init, {}))
     if args.epochs:                          # instead of the steps of the recipe
         args.steps = None
     # The coarsest map has half the resolution, so it needs two patches a side.
     check_range(args, "image_size", 2 * args.patch_size, 128 * args.patch_size)
-    if not from_scratch:
-        args.patch_size = patch_size         # None: that of the checkpoint
-    if args.checkpoint is None and not from_scratch:
-        start = "finetune_21k.pt" if args.init == "21k" else "pretrain.pt"
-        args.checkpoint = args.out / ("segment.pt" if args.eval else start)
+    if args.checkpoint:
+        args.patch_size = patch_size         # None: that of the file
     return args
 
 
@@ -485,7 +454,7 @@ def main(argv=None):
     if args.dry_run:
         classes = args.classes or (11 if args.data == "shapes" else 150)
         with torch.device("meta"):           # shapes without numbers
-            model = UPerNet(new_backbone(args), classes, args.channels)
+            model, _ = build(args, None, classes)
         return dry_run(args, model, f"{classes} classes", f"blocks {model.taps} are read")
     return evaluate_file(args) if args.eval else train(args)
 

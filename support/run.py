@@ -203,6 +203,14 @@ class Run(Process):
                  for name, value in facts.items()]
         self.print(f"step {self.step + 1}/{self.total_steps}: {', '.join(parts)}")
 
+    def log_measurement(self, result, **more):
+        """--eval, which trains nothing: a line in STAGE.jsonl (with `more`) and on the screen."""
+        args = self.args
+        summary = dict(summary=1, data=args.data, checkpoint=str(args.checkpoint), **result)
+        self.print(json.dumps(rounded(summary)))
+        log = Log(self.out / f"{self.stage}.jsonl", args, self, append=True)
+        log(**summary, **more)
+
     def eval_batches(self, dataset, batch_size=None):
         """This process's share of a data set, each image once. Does not count for images_per_s."""
         begun = time.time()

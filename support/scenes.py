@@ -297,12 +297,18 @@ def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0
     return SceneFolder(name, split, classes or 150, transform, seed, limit)
 
 
-def refuse_other_classes(dataset, path, count, names):
-    """UserError if the segmenter in `path` knows other classes. names: None if it does not say."""
+def open_for_segmenter(args, count, names):
+    """The held-out images of --data for a segmenter of `count` classes, named `names` or unnamed.
+
+    UserError if the classes of the images are others.
+    """
+    in_folder = None if args.data == "shapes" else count
+    dataset = open_split(args, "val", args.classes or in_folder)
     if count != len(dataset.classes) or names not in (None, dataset.classes):
         other = " of other names" if count == len(dataset.classes) else ""
-        raise UserError(f"{path} knows {count} classes, {shown(dataset.name)} has "
+        raise UserError(f"{args.checkpoint} knows {count} classes, {shown(dataset.name)} has "
                         f"{len(dataset.classes)}{other}: give the data of its training")
+    return dataset
 
 
 # --- results --------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ where it is used. Segmentation, which moves images and label maps alike, has its
 import torch
 
 from model import IMAGENET_MEAN, IMAGENET_STD
+from support.files import UserError
 
+RANDAUGMENT = "rand-m9-mstd0.5-inc1"     # the authors' RandAugment, as timm describes it
 # Interpolations have Pillow's numbers here, and BICUBIC computes as Pillow, which the authors use.
 NEAREST, BILINEAR = 0, 2
 BICUBIC = dict(interpolation=3, antialias=True)
@@ -114,11 +116,18 @@ def posterize(image, bits, **_):
 
 def rand_augment(recipe):
     """timm's RandAugment as the authors call it: shifts of up to 0.45 of the side, holes filled
-    with the mean colour, bicubic. torchvision's magnitude 9 has another strength."""
+    with the mean colour, bicubic. torchvision's magnitude 9 has another strength.
+
+    recipe: as timm describes it. UserError if timm does not understand it.
+    """
     from timm.data.auto_augment import rand_augment_transform
     mean_colour = tuple(round(255 * m) for m in IMAGENET_MEAN)
-    augment = rand_augment_transform(recipe, dict(
-        translate_pct=0.45, img_mean=mean_colour, interpolation=BICUBIC["interpolation"]))
+    options = dict(translate_pct=0.45, img_mean=mean_colour, interpolation=BICUBIC["interpolation"])
+    try:
+        augment = rand_augment_transform(recipe, options)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"--randaugment {recipe} is not understood by timm: give {RANDAUGMENT}, "
+                        f"for example, or none") from error
     for op in augment.ops:
         if op.name == "PosterizeIncreasing":
             op.aug_fn = posterize
@@ -133,7 +142,7 @@ class FinetuneTransform:
     box holds mean + std * N(0, 1). With erasing 0 the result is uint8, else float32.
     """
 
-    def __init__(self, size, scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erasing=0.25):
+    def __init__(self, size, scale=(0.08, 1.0), randaugment=RANDAUGMENT, erasing=0.25):
         from torchvision.transforms import v2
         self.crop = RandomCrop([size], scale)
         self.flip = v2.RandomHorizontalFlip(0.5)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from model import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ViT, relative_position_index
+from model import IMAGENET_MEAN, IMAGENET_STD, ViT, relative_position_index
 from support.files import UserError, read_file
 from support.positions import TABLE, grid_of, resize_pos_embed, resize_relative_table
 
@@ -301,44 +301,6 @@ def load_backbone(source, *, pool="mean", num_classes=0, image_size=None, drop_p
     grid_of(sizes["image_size"], sizes["patch_size"])        # complains where it does not divide
     model = ViT(**sizes, num_classes=num_classes, drop_path=drop_path)
     return model, checkpoint.file, load_state(model, checkpoint, source_grid)
-
-
-def read_start(args, made_by, classifier=False):
-    """The file --checkpoint that a stage starts from.  -> Checkpoint
-
-    made_by: the script that makes such a file. classifier: whether the file has to hold one.
-    UserError if the file is missing, of another kind, or of other sizes than the flags say.
-    """
-    path = args.checkpoint
-    checkpoint = read(path, f"make it with python {made_by} --model {args.model} "
-                            f"--out {path.parent}, or give --checkpoint FILE, ours or released")
-    check_width(checkpoint, args.model)
-    if checkpoint.kind == "finetune" and not classifier:
-        raise UserError(f"{path} is a classifier already: use --init 21k to go on from it")
-    if checkpoint.kind != "finetune" and classifier:
-        raise UserError(f"{path} is no classifier: use --init pretrain, or make one with "
-                        f"python finetune.py")
-    check_patch_size(checkpoint, args.patch_size)
-    image_size = checkpoint.backbone["image_size"]
-    if args.image_size is None and not isinstance(image_size, int):
-        raise UserError(f"{path} was trained on images of {image_size}: choose one --image-size")
-    return checkpoint
-
-
-def check_width(checkpoint, preset):
-    """UserError where --model is of another width than the checkpoint."""
-    width = checkpoint.backbone["width"]
-    if width != PRESETS[preset]["width"]:
-        raise UserError(f"{checkpoint.name} has width {width}, --model {preset} has "
-                        f"{PRESETS[preset]['width']}: give the --model it was made with")
-
-
-def check_patch_size(checkpoint, patch_size):
-    """UserError where --patch-size, if given, is not that of the checkpoint."""
-    own = checkpoint.backbone["patch_size"]
-    if patch_size not in (None, own):
-        raise UserError(f"--patch-size {patch_size}: the weights in {checkpoint.name} have {own}; "
-                        f"leave the flag out")
 
 
 @torch.no_grad()

@@ -444,8 +444,8 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ("held-out images fitted, too", "return order[tenth:],", "return order,"),
         (
             "heads chosen on validation images",
-            "score_heads(probe, *train, held * views)[0]",
-            "score_heads(probe, *val, torch.arange(len(val_set)))[0]",
+            "score_heads(probe, *train, held * views)",
+            "score_heads(probe, *val, torch.arange(len(val_set)))",
         ),
         (
             "the worst setting of a head",

@@ -14,6 +14,7 @@ from model import ViT, imagenet_normalize
 from support import data
 from support.files import read_file, write_file
 from support.optim import cosine_schedule
+from support.probe import Source, load_source
 from support.process import launch
 
 SHORT = ("--source random --limit 200 --steps 20 --batch-size 64 --workers 0 --device cpu "
@@ -99,9 +100,9 @@ def test_each_head_sees_its_read_out_and_no_other_channel():
 
 def test_probing_leaves_the_network_as_it_was():
     args = linprobe.parse_args(["--source", "random"])
-    source = linprobe.load_source("random", args, torch.device("cpu"))
+    source = load_source("random", args, torch.device("cpu"))
     before = {k: v.clone() for k, v in source.model.state_dict().items()}
-    features = source.encode(torch.rand(12, 3, 48, 48))
+    features = linprobe.encode(source, torch.rand(12, 3, 48, 48))
     assert not features.requires_grad and not source.model.training
     assert not any(p.requires_grad for p in source.model.parameters())
     trained(features, torch.arange(12) % 3, 3, steps=2, batch_size=12)
@@ -118,18 +119,18 @@ def test_features_do_not_depend_on_the_batch_an_image_sits_in():
 def test_backbone_and_tokenizer_get_the_pixels_they_were_trained_on(tmp_path):
     args = linprobe.parse_args(["--source", "random", "--out", str(tmp_path)])
     images = torch.rand(2, 3, 48, 48)
-    random = linprobe.load_source("random", args, torch.device("cpu"))
+    random = load_source("random", args, torch.device("cpu"))
     expected = summarise(random.model, imagenet_normalize(images))
-    torch.testing.assert_close(random.encode(images), expected)
+    torch.testing.assert_close(linprobe.encode(random, images), expected)
     arch = dict(image_size=48, patch_size=8, width=32, depth=2, heads=2, positions="absolute",
                 layer_scale=0, pool="mean")
     encoder = ViT(**arch)
     state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     state["quantize.embedding.weight"] = torch.zeros(4, 2)
     write_file(tmp_path / "vqkd.pt", dict(kind="vqkd", arch=arch, model=state))
-    tokenizer = linprobe.load_source("tokenizer", args, torch.device("cpu"))
+    tokenizer = load_source("tokenizer", args, torch.device("cpu"))
     expected = summarise(encoder.eval(), images * 2 - 1)
-    torch.testing.assert_close(tokenizer.encode(images), expected)
+    torch.testing.assert_close(linprobe.encode(tokenizer, images), expected)
     assert tokenizer.paper == "mean" and random.paper == "cls"
 
 
@@ -141,9 +142,9 @@ def test_a_checkpoint_is_probed_at_its_own_image_size_unless_another_is_asked_fo
     # 36 is no multiple of tiny's patch size, but one of this file's.
     for flags, size in (([], 32), (["--image-size", "36"], 36)):
         args = linprobe.parse_args(["--out", str(tmp_path), *flags])
-        source = linprobe.load_source("pretrain", args, torch.device("cpu"))
+        source = load_source("pretrain", args, torch.device("cpu"))
         assert source.image_size == size and source.layers == ["1", "norm"]
-        assert source.encode(torch.rand(1, 3, size, size)).shape == (1, 2, 64)
+        assert linprobe.encode(source, torch.rand(1, 3, size, size)).shape == (1, 2, 64)
 
 
 # --- heads ----------------------------------------------------------------------------------------
@@ -281,9 +282,10 @@ def test_heads_learn_from_the_given_rows_alone():
 
 def test_each_head_gets_the_setting_that_is_best_on_held_out_images():
     settings = [(0.1, 0), (0.2, 1), (0.3, 2)]
-    source = linprobe.Source("x", None, 48, ["1", "norm"], settings)
+    source = Source("x", None, 48, ["1", "norm"])
+    probe = new_probe(clusters()[0], 5, settings=settings)
     held_out = torch.rand(2, 3, 6)                           # (L, S, H)
-    table = linprobe.choose(held_out, source)
+    table = linprobe.choose(held_out, probe, source)
     assert [row["held_out"] for row in table] == held_out.amax(dim=1).flatten().tolist()
     for row in table:
         layer, s, h = row["at"]
@@ -344,9 +346,9 @@ def test_the_handed_over_head_gives_the_reported_accuracy(tmp_path, capsys):
     summary = linprobe.main([*SHORT, "--out", str(tmp_path)])
     file = read_file(tmp_path / "linprobe_random.pt")
     args = linprobe.parse_args(["--source", "random"])
-    source = linprobe.load_source("random", args, torch.device("cpu"))
+    source = load_source("random", args, torch.device("cpu"))
     val = data.open_data("shapes", "val", limit=200)
-    features = source.encode(data.to_float(val.images, "cpu"))
+    features = linprobe.encode(source, data.to_float(val.images, "cpu"))
     x = features[:, source.layers.index(file["block"]), columns(file["readout"], 256)]
     logits = x @ file["model"]["weight"].T + file["model"]["bias"]
     top1 = accuracy(logits, val.labels).item()
@@ -363,9 +365,9 @@ def test_the_features_go_with_the_probe_unless_they_are_to_be_kept(tmp_path, mon
     linprobe.main([*SHORT, *again, str(tmp_path / "b")])
     assert len(list((tmp_path / "cache").glob("random-shapes-*.npy"))) == 2      # train and val
     images = []
-    encode = linprobe.Source.encode
-    monkeypatch.setattr(linprobe.Source, "encode", lambda self, x: (
-        images.append(len(x)), encode(self, x))[1])
+    encode = linprobe.encode
+    monkeypatch.setattr(linprobe, "encode", lambda source, x: (
+        images.append(len(x)), encode(source, x))[1])
     last = linprobe.main([*SHORT, *again, str(tmp_path / "c")])
     assert images == [1, 1]                                  # still the same network?
     different = [k for k in first if first[k] != last[k] and k != "seconds"]
@@ -410,13 +412,14 @@ STORE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import linprobe
-from support import data, process, transforms
+from support import data, probe, process, transforms
 flags = "--source random --workers 0 --micro-batch 8 --amp no --out".split()
 args = linprobe.parse_args([*flags, sys.argv[2] + ".features"])
 here = process.join_processes("cpu")
-source = linprobe.load_source("random", args, here.device)
+source = probe.load_source("random", args, here.device)
 shapes = data.open_data("shapes", "train", transforms.EvalTransform(48), limit=29)
-features, labels = linprobe.store(source, shapes, 0, args, here)     # shares of different sizes
+features, labels = probe.store_split(                                # shares of different sizes
+    source, linprobe.encode, shapes, 0, args, here)
 if here.is_main:
     torch.save((features[:], labels), sys.argv[2])
 flags = "--source random --limit 40 --steps 2 --workers 0 --device cpu --out".split()

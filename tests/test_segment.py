@@ -17,7 +17,6 @@ from segment import (
     window_starts)
 from support import data
 from support.files import UserError, read_file, write_file
-from support.process import Process
 from support.run import Run
 from support.scenes import IGNORE, open_scenes
 
@@ -399,7 +398,7 @@ def test_two_processes_start_as_one_does_and_agree_on_their_statistics(pretraine
 # --- starting, and mistakes -----------------------------------------------------------------------
 def test_the_backbone_comes_from_the_file_with_its_tables_resized_to_the_crop(pretrained):
     args = segment.parse_args(["--out", str(pretrained), "--image-size", "64"])
-    model = segment.build(args, 11, Process())
+    model, _ = segment.build(args, segment.read_start(args), 11)
     assert model.backbone.grid == (8, 8)
     source = read_file(pretrained / "pretrain.pt")["model"]
     weight = model.backbone.blocks[2].mlp.fc1.weight
