@@ -195,7 +195,7 @@ def tokenizer_of(row):
 @contextlib.contextmanager
 def exchanged(change):
     """{"module.name": function} stand in for the module's own until the block ends."""
-    modules = dict(vqkd=vqkd, pretrain=pretrain, data=data)
+    modules = dict(vqkd=vqkd, pretrain=pretrain, data=data, teachers=teachers)
     with contextlib.ExitStack() as stack:
         for key, new in change.items():
             module, name = key.split(".")
