@@ -109,7 +109,8 @@ def input_scale(variance, norm):
     overall = variance.mean(dim=1, keepdim=True).expand_as(variance)
     if norm == "none":
         return 1 / (overall + 1e-12).sqrt()
-    return 1 / (variance + 1e-6 * overall + 1e-12).sqrt()    # 1e-6: a constant feature stays small
+    # 1e-6: a feature that hardly varies stays small. 1e-12: no division by 0.
+    return 1 / (variance + 1e-6 * overall + 1e-12).sqrt()
 
 
 # --- method: heads --------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class LinearHeads(nn.Module):
 
     All of them are one batched product: a loop over the 126 nn.Linear of tiny took 3.5 times as
     long, and one over those of base as long.
-    Differs from BEiT v1's probe: heads start at zero. (Convex: the start is forgotten.)
+    Differs from BEiT v1's probe: heads start at zero. (The loss is convex: the start is forgotten.)
     """
 
     def __init__(self, kind, variance, norm, settings, classes):
@@ -225,7 +226,10 @@ def score_heads(probe, features, labels, rows, chunk=512):
 
 
 def choose(held_out, probe, source):
-    """The best setting of every layer, read-out and norm.  held_out (L, S, H) -> a list of rows"""
+    """The best setting of every layer, read-out and norm.  held_out (L, S, H) -> a list of rows
+
+    held_out: top-1 on the held-out images. at: the place (layer, s, h) of a row's head in the grid.
+    """
     table = []
     for layer, block in enumerate(source.layers):
         for h, group in enumerate(probe.groups):

@@ -71,7 +71,10 @@ SCALES = 0.5, 0.75, 1.0, 1.25, 1.5, 1.75                     # --multi-scale
 
 # --- method: the network --------------------------------------------------------------------------
 def taps_of(depth):
-    """The blocks that are read, counted from 0.  base: 3, 5, 7, 11"""
+    """The blocks that are read, counted from 0: at a third, half, two thirds and all of the depth.
+
+    base: 3, 5, 7, 11; large: 7, 11, 15, 23
+    """
     return depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1
 
 
@@ -81,7 +84,7 @@ def resize(x, size):
 
 
 def conv(in_channels, out_channels, side):
-    """Convolution without bias -> BatchNorm -> ReLU. The map keeps its size."""
+    """Convolution without bias (BatchNorm has one) -> BatchNorm -> ReLU. The map keeps its size."""
     layer = nn.Conv2d(in_channels, out_channels, side, padding=side // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(conv=layer, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
@@ -96,10 +99,13 @@ def classifier(channels, classes):
 
 
 def add_pyramid(vit):
-    """Give a backbone four layers that resize a map (B, D, gh, gw): by 4, 2, 1 and 1/2. They are
-    inside the backbone because the released files name them so."""
-    def double():
+    """Give a backbone four layers that resize a map (B, D, gh, gw): by 4, 2, 1 and 1/2.
+
+    They are inside the backbone because the released files name them so.
+    """
+    def double():                            # twice the height and width
         return nn.ConvTranspose2d(vit.width, vit.width, kernel_size=2, stride=2)
+
     vit.fpn1 = nn.Sequential(double(), nn.BatchNorm2d(vit.width), nn.GELU(), double())
     vit.fpn2 = nn.Sequential(double())                       # Recipe, not in the paper: no norm
     vit.fpn3 = nn.Identity()
@@ -113,12 +119,16 @@ class UPerHead(nn.Module):
     """UPerNet: the coarsest map gives the context, the finest map the outlines."""
 
     def __init__(self, width, channels, classes):
+        """width: D of the maps. channels: of everything between them and the classes."""
         super().__init__()
+        # Pyramid pooling, for the coarsest map: means over regions, then all of them together.
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(side), conv(width, channels, 1)) for side in POOLS)
         self.bottleneck = conv(width + len(POOLS) * channels, channels, 3)
+        # Feature pyramid, for the three finer maps: before and after the coarser map is added.
         self.lateral_convs = nn.ModuleList(conv(width, channels, 1) for _ in range(3))
         self.fpn_convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(3))
+        # The classifier, for all four.
         self.fpn_bottleneck = conv(4 * channels, channels, 3)
         self.dropout = nn.Dropout2d(DROPOUT)
         self.conv_seg = classifier(channels, classes)
@@ -128,14 +138,14 @@ class UPerHead(nn.Module):
         # Pyramid pooling: every place of the coarsest map learns what is around it.
         top = maps[3]
         pooled = [resize(pool(top), top.shape[-2:]) for pool in self.psp_modules]
-        context = self.bottleneck(torch.cat([top, *pooled], dim=1))
+        context = self.bottleneck(torch.cat([top, *pooled], dim=1))      # (B, channels, h, w)
         # Feature pyramid: one after the other, each map receives what the next coarser one knows.
         levels = [lateral(maps[i]) for i, lateral in enumerate(self.lateral_convs)] + [context]
         for i in (2, 1, 0):
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[-2:])
         smooth = [layer(levels[i]) for i, layer in enumerate(self.fpn_convs)] + [context]
         # All four are read together, at the size of the finest.
-        x = torch.cat([resize(x, smooth[0].shape[-2:]) for x in smooth], dim=1)
+        x = torch.cat([resize(x, smooth[0].shape[-2:]) for x in smooth], dim=1)  # 4 * channels
         return self.conv_seg(self.dropout(self.fpn_bottleneck(x)))
 
 
@@ -263,9 +273,10 @@ def predict(model, images, scales=(1.0,), flip=False):
         height, width = fit_size(*size, 4 * min(window) * scale, min(window) * scale)
         view = images if (height, width) == size else resize(images, (height, width))
         # Differs from the recipe, which fails if a side is shorter than the window (aspect above
-        # 4, scales below 1). We pad with the mean colour, and remove the padding below.
-        missing = [max(w - side, 0) for w, side in zip(window, (height, width), strict=True)]
-        view = F.pad(imagenet_normalize(view), (0, missing[1], 0, missing[0]))
+        # 4, scales below 1). We pad with 0, the mean colour, and remove the padding below.
+        missing_height = max(window[0] - height, 0)
+        missing_width = max(window[1] - width, 0)
+        view = F.pad(imagenet_normalize(view), (0, missing_width, 0, missing_height))
         logits = [slide(model, view, window, stride)]
         if flip:
             logits.append(slide(model, view.flip(-1), window, stride).flip(-1))
@@ -277,7 +288,7 @@ def predict(model, images, scales=(1.0,), flip=False):
 def confusion(predicted, labels, classes):
     """How many pixels of class i (row) were called class j (column).  2 x (B, H, W) -> (C, C)"""
     known = labels != IGNORE
-    pairs = labels[known] * classes + predicted[known]
+    pairs = labels[known] * classes + predicted[known]       # i C + j
     return pairs.bincount(minlength=classes ** 2).view(classes, classes)
 
 
@@ -302,11 +313,11 @@ def scores(matrix, background=False):
 
 
 @torch.no_grad()
-def name_pixels(model, images, process, multi_scale=False):
+def name_pixels(model, images, run, multi_scale=False):
     """Images (B, 3, H, W) uint8 -> the class of every pixel (B, H, W)."""
-    images = data.to_float(images, process.device)
+    images = data.to_float(images, run.device)
     scales = SCALES if multi_scale else [1.0]
-    with process.autocast():
+    with run.autocast():
         return predict(model, images, scales, flip=multi_scale).argmax(dim=1)
 
 
