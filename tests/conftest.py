@@ -39,7 +39,8 @@ def stage(script, *flags, processes=1, check=True, cwd=None):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    module = isinstance(script, str) and script.partition(".")[0] in ("extras", "results")
+    folders = "extras", "results", "assignments"
+    module = isinstance(script, str) and script.partition(".")[0] in folders
     command += ["-m", script] if module else [str(ROOT / script)]
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     done = subprocess.run([*command, *map(str, flags)], capture_output=True, text=True,

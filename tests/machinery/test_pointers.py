@@ -10,6 +10,7 @@ from conftest import ROOT
 # has no number: "Eq. (3) once more, through the shallow head".
 EQUATIONS = {"1", "2", "3"}
 SECTIONS = {
+    "1": "introduction",
     "2.1": "image representation",
     "2.2": "training the tokenizer",
     "2.3": "pre-training, with patch aggregation",

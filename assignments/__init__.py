@@ -1,0 +1,1 @@
+"""Assignments over the real files: hand-outs, marks, hints. See README.md."""
