@@ -6,8 +6,8 @@ One class serves as the tokenizer's encoder and decoder (absolute positions), as
 pre-training (one relative-position table that all blocks share) and as a classifier (one table
 per block). Parameters have the names of the released checkpoints, so those load directly.
 
-Read in this order: relative_position_index, Attention, Block, ViT, initialise. The four stages
-import from this file; it is no command itself.
+Read in this order: relative_position_index, Attention, Block, ViT, initialise. All stages import
+from this file; it is no command itself.
 """
 # Shapes:  B images, N = gh x gw patches, T = 1 + N tokens ([CLS] is the first), D width, H heads,
 #          m tokens of each image that a block is asked for (queries)
@@ -357,15 +357,6 @@ class ViT(nn.Module):
         x, = self.features(x, blocks=[-1])
         return self.fc_norm(x) if self.pool == "mean" else self.norm(x)
 
-    def attention_weights(self, x, block=-1):
-        """For pictures: what attends to what in one block, (B, H, T, T); each row sums to 1."""
-        block = block % self.depth
-        shared = self.shared_bias()
-        x = self.embed(x) if block == 0 else self.features(x, blocks=[block - 1])[0]
-        layer = self.blocks[block]
-        q, k, _ = layer.attn.queries_keys_values(layer.norm1(x))
-        return attention_weights(q, k, layer.attn.bias(self.relative_position_index, shared))
-
 
 # --- initialisation -------------------------------------------------------------------------------
 def initialise(module, std=0.02, cut=100.0, convolutions=False):
@@ -381,9 +372,6 @@ def initialise(module, std=0.02, cut=100.0, convolutions=False):
             nn.init.trunc_normal_(m.weight, std=std, a=-cut * std, b=cut * std)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.LayerNorm):
-            nn.init.ones_(m.weight)
-            nn.init.zeros_(m.bias)
     for name in ("cls_token", "pos_embed", "mask_token"):
         vector = getattr(module, name, None)
         if vector is not None:
@@ -400,8 +388,3 @@ def rescale_residual_branches(blocks, first_layer=1):
     for layer, block in enumerate(blocks, start=first_layer):
         block.attn.proj.weight.div_(math.sqrt(2.0 * layer))
         block.mlp.fc2.weight.div_(math.sqrt(2.0 * layer))
-
-
-def count_parameters(module):
-    """Trainable numbers in it."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

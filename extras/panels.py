@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from extras.codes import lighten_middle, mosaic, patches_of_code
-from model import imagenet_normalize
+from model import attention_weights, imagenet_normalize
 from pretrain import accuracy
 from support import data
 from support.codebook import codebook_usage
@@ -236,11 +236,24 @@ def mark_guesses(axis, right, mask, p):
               va="top", transform=axis.transAxes)
 
 
+def attention_maps(model, x, block=-1):
+    """What attends to what in one block of a ViT.  x (B, 3, H, W), normalised -> (B, H, T, T)
+
+    Each row sums to 1.
+    """
+    block = block % model.depth
+    shared = model.shared_bias()
+    x = model.embed(x) if block == 0 else model.features(x, blocks=[block - 1])[0]
+    layer = model.blocks[block]
+    q, k, _ = layer.attn.queries_keys_values(layer.norm1(x))
+    return attention_weights(q, k, layer.attn.bias(model.relative_position_index, shared))
+
+
 @torch.no_grad()
 def cls_attention(model, images, block=-1):
     """What [CLS] draws from each patch, per head: images (m, 3, H, W) bytes -> (m, H, gh, gw)"""
     x = imagenet_normalize(data.to_float(images, model.cls_token.device))
-    return model.attention_weights(x, block)[:, :, 0, 1:].unflatten(-1, model.grid).cpu()
+    return attention_maps(model, x, block)[:, :, 0, 1:].unflatten(-1, model.grid).cpu()
 
 
 def draw_attention(model, images, out, block=-1):

@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import count_parameters
 from support import data
 from support.files import (
     Log, UserError, describe_run, plain_args, read_file, rounded, set_aside, write_file)
@@ -356,6 +355,11 @@ def differences(old, new):
 IMAGES = {               # training images of the data sets that need no look
     "shapes": 12_000, "cifar10": 50_000, "cifar100": 50_000, "datasets/imagenet": 1_281_167,
     "datasets/imagenet21k": 14_197_122, "datasets/ade20k": 20_210}
+
+
+def count_parameters(module):
+    """Trainable numbers in it."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def dry_run(args, model, *lines):

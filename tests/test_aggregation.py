@@ -3,8 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, count_parameters
+from model import PRESETS
 from pretrain import BEiT, aggregate, mim_loss, parse_args
+from support.run import count_parameters
 
 
 def tiny(early_layer=2, head_depth=2, **options):

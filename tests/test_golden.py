@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import pretrain
 import vqkd
+from extras.panels import attention_maps
 from model import ViT
 from support.optim import cosine_schedule, param_groups
 from support.weights import build, load_backbone
@@ -96,7 +97,7 @@ def test_both_heads_of_masked_image_modelling_equal_the_authors(golden, name):
         assert abs(ours.item() - g[theirs]) <= 5e-6
     loss.backward()
     gradients_close(model, g["grads"])
-    close(model.attention_weights(images), g["last_selfattention_unmasked"])
+    close(attention_maps(model, images), g["last_selfattention_unmasked"])
 
 
 # --- case 3: VQ-KD --------------------------------------------------------------------------------

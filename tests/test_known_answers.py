@@ -27,6 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as network      # noqa: E402  (the path is needed when this file runs as a script)
+from extras.panels import attention_maps  # noqa: E402
 from finetune import layer_decay_groups  # noqa: E402
 from model import ViT, imagenet_normalize  # noqa: E402
 from pretrain import BEiT, hidden_patches, mim_loss, sample_block_mask  # noqa: E402
@@ -80,7 +81,7 @@ def classifier():
         "[CLS] after the last block": tokens[0, 0, :6],
         "last patch after the last block": tokens[1, -1, :6],
         "logits": logits[0],
-        "attention of the first head": model.attention_weights(x)[0, 0, 0, :6],
+        "attention of the first head": attention_maps(model, x)[0, 0, 0, :6],
         "loss": loss,
         "gradient of q_bias of block 1": model.blocks[1].attn.q_bias.grad[:6],
         "gradient norm": gradient_norm(model),

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from extras.panels import attention_maps
 from model import (
     PRESETS, Attention, Block, Mlp, ViT, attention, attention_weights, drop_path,
     imagenet_normalize, relative_position_index)
@@ -88,7 +89,7 @@ def test_a_key_bias_would_change_nothing_so_there_is_none():
 
 
 def test_attention_weights_are_distributions():
-    weights = small().attention_weights(torch.randn(2, 3, 32, 32), block=1)
+    weights = attention_maps(small(), torch.randn(2, 3, 32, 32), block=1)
     assert weights.shape == (2, 4, 17, 17)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 17))
 
@@ -103,7 +104,7 @@ def test_the_attention_to_look_at_is_that_of_the_forward_pass(positions, block):
     model(x)
     tokens, index, shared = seen[0]
     q, k, _ = attn.queries_keys_values(tokens)
-    torch.testing.assert_close(model.attention_weights(x, block),
+    torch.testing.assert_close(attention_maps(model, x, block),
                                attention_weights(q, k, attn.bias(index, shared)))
 
 

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import PRESETS, ViT, count_parameters
+from model import PRESETS, ViT
 from segment import UPerNet, load_segmenter, resize, taps_of
 from support.files import UserError, write_file
+from support.run import count_parameters
 
 
 def small(image_size=48, classes=5, **options):

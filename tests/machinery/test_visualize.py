@@ -176,7 +176,7 @@ def test_cls_attention_has_a_map_per_head_at_any_resolution(tmp_path, size, bloc
     maps = panels.cls_attention(model.eval(), images, block)
     assert maps.shape == (2, 2, size // 6, size // 6) and (maps >= 0).all()
     # The rest goes to [CLS] itself.
-    itself = model.attention_weights(imagenet_normalize(images / 255), block)[:, :, 0, 0]
+    itself = panels.attention_maps(model, imagenet_normalize(images / 255), block)[:, :, 0, 0]
     torch.testing.assert_close(maps.sum(dim=(2, 3)) + itself, torch.ones(2, 2))
 
 
