@@ -265,7 +265,8 @@ class ViT(nn.Module):
             table = position_table(self.grid, heads)
             self.rel_pos_bias = nn.ParameterDict({"relative_position_bias_table": table})
         self.register_buffer("relative_position_index", index, persistent=False)   # never saved
-        # Stochastic depth grows linearly: all later blocks build on the early ones.
+        # Stochastic depth grows linearly: all later blocks build on the early ones. The rates are
+        # numbers even where the parameters are on the device "meta", which holds shapes only.
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         own_table = self.grid if positions == "per_block" else None
         self.blocks = nn.ModuleList(
@@ -293,6 +294,7 @@ class ViT(nn.Module):
     def embed(self, x, mask=None):
         """Images (B, C, H, W) -> tokens (B, T, D).  mask (B, N) bool: patches to hide.
 
+        Only stage 2 hides patches: its BEiT (pretrain.py) has the mask token.
         ValueError for images of another size than the model was built for.
         """
         if tuple(x.shape[-2:]) != self.image_size:

@@ -59,13 +59,14 @@ def sample_block(mask, remaining, min_block):
     """The patches (y, x) that one more block hides: at least 1, at most `remaining`."""
     gh, gw = len(mask), len(mask[0])
     for _ in range(10):                      # recipe, not in the paper: ten tries
+        # At the end less than min_block may remain. The area then lies between the two.
         area = random.uniform(min_block, remaining)
         # Recipe, not in the paper: height / width between 0.3 and 1 / 0.3. The logarithm is
         # uniform, so tall blocks are as frequent as flat ones.
         aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
         h = round(math.sqrt(area * aspect))
         w = round(math.sqrt(area / aspect))
-        if not (0 < h < gh and 0 < w < gw):
+        if not (0 < h < gh and 0 < w < gw):                  # no block crosses the whole image
             continue
         top = random.randint(0, gh - h)
         left = random.randint(0, gw - w)
@@ -205,6 +206,7 @@ def train(args):
     model = build(args, codes).to(run.device)
     groups = param_groups(model.named_parameters(), args.weight_decay)
     optimizer = adamw(groups, (0.9, args.beta2), run.device)
+    # The log states the loss of a uniform guess, ln K. The file states what later stages ask for.
     network = run.start(train_set, model=model, optimizer=optimizer,
                         facts={"chance": math.log(codes)},
                         about={"epochs": args.epochs, "aggregation": args.head_depth > 0})
@@ -285,8 +287,8 @@ def accuracy(logits, z):
 def evaluate(model, tokenizer, dataset, commonest, run):
     """Losses and accuracies (in percent) over all hidden patches of a data set.
 
-    guess_position, guess_nearest: the same for two guessers that have learned nothing of images
-    (support/guessers.py).
+    guess_position, guess_nearest: the accuracies of two guessers that have learned nothing of
+    images (support/guessers.py).
     """
     model.eval()
     totals = data.zeros_to_sum(7, run.device)

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import PRESETS, ViT, initialise
-from support import data, teachers, transforms, weights
+from support import data, teachers, weights
 from support.args import fill_in, number, run_parser, whole
 from support.codebook import CodebookHealth, codebook_usage, continue_from, read_tokenizer
-from support.features import cache_features
+from support.features import open_teacher_and_images
 from support.files import UserError
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
 from support.process import launch, seed_all
@@ -155,18 +155,16 @@ def some_vectors(model, dataset, wanted, generator, run):
     """l2(h) of all patches of some random images, of all images if they are few.  -> (n, D)"""
     images_needed = math.ceil(wanted / model.encoder.num_patches)
     chosen = torch.randperm(len(dataset), generator=generator)[:images_needed].tolist()
-    some = torch.utils.data.Subset(dataset, chosen)
     h = []
-    for batch, _ in data.make_loader(some, data.eval_batches(len(some), 64), 0, run.device):
-        images = batch if isinstance(batch, torch.Tensor) else batch[0]  # else with features
+    for images in data.some_images(dataset, chosen, run.device):
         with run.autocast():
-            h.append(l2(model.project(data.to_float(images, run.device))).flatten(0, 1))
+            h.append(l2(model.project(images)).flatten(0, 1))
     return torch.cat(h)
 
 
 # --- method: the network --------------------------------------------------------------------------
 class Codebook(nn.Module):
-    """K unit vectors. They are no parameters: k-means starts them, ema_update moves them."""
+    """K unit vectors. No gradient reaches them: k-means starts them, ema_update moves them."""
 
     def __init__(self, codes, code_dim):
         super().__init__()
@@ -203,6 +201,7 @@ class VQKD(nn.Module):
         """decoder: width, heads or mlp_ratio of the decoder, where they are not the encoder's."""
         super().__init__()
         # Recipe, not in the paper: absolute positions, no layer scale (those come with stage 2).
+        # pool="mean" pools nothing here. It gives the last norm its released name, fc_norm.
         sizes = dict(width=width, heads=heads, mlp_ratio=mlp_ratio,
                      positions="absolute", layer_scale=0, pool="mean")
         self.encoder = ViT(image_size, patch_size, depth=depth, **sizes)
@@ -318,8 +317,17 @@ def train(args):
     return run.finish(result)
 
 
+def images_and_features(batch, teacher, device):
+    """-> images (B, 3, H, W) in [0, 1], t = teacher(images) (B, N, C), or t from --cache-teacher"""
+    if isinstance(batch, torch.Tensor):
+        images = data.to_float(batch, device)
+        return images, teacher(images)
+    images, t = batch
+    return data.to_float(images, device), t.to(device, non_blocking=True).float()
+
+
 def first_model(args, teacher_dims):
-    """A tokenizer that knows nothing, or with --init the one in a file."""
+    """An untrained tokenizer, or with --init the one in a file."""
     seed_all(args.seed)
     model = build(args, teacher_dims)
     if args.init:
@@ -335,18 +343,16 @@ def build(args, teacher_dims):
 
 
 def first_quantized_step(args, images):
-    """The step in which the quantizer joins. The paper's is 0.
+    """The step in which the quantizer joins: 0 in the paper, and for the codes of --init.
 
-    Ours: first --continuous-steps without it. The vectors of an untrained encoder mean little, and
-    so would codes made of them. UserError if no step is left to the codes.
+    Ours: after --continuous-steps. The vectors of an untrained encoder mean little, and so would
+    codes made of them. UserError if no step is left to the codes.
     """
-    if args.init:                            # its codes are there from the start
-        return 0
+    first = 0 if args.init else args.continuous_steps
     steps, _, _ = data.resolve_steps(args, images)
-    if args.continuous_steps >= steps:
-        raise UserError(f"--continuous-steps {args.continuous_steps} leaves none of {steps} steps "
-                        f"to the codes")
-    return args.continuous_steps
+    if first >= steps:
+        raise UserError(f"--continuous-steps {first} leaves none of {steps} steps to the codes")
+    return first
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -377,36 +383,6 @@ def evaluate(model, teacher, dataset, run):
     n, *sums = run.sum(totals).tolist()
     means = {name: total / n for name, total in zip(names, sums, strict=True)}
     return means | codebook_usage(run.sum(counts))
-
-
-# --- data -----------------------------------------------------------------------------------------
-def open_teacher_and_images(args, run):
-    """-> the frozen teacher, training images in random crops, whole held-out images.
-
-    With --cache-teacher the training images are whole, too, and come with their features.
-    """
-    whole_image = transforms.EvalTransform(args.image_size)
-    crops = transforms.VQKDTransform(args.image_size, scale=(args.crop_scale, 1.0))
-    train_set = data.open_split(args, "train", whole_image if args.cache_teacher else crops)
-    val_set = data.open_split(args, "val", whole_image)
-    data.leave_out_bad(args, run, train_set, val_set)
-    side = args.image_size // args.patch_size
-    teacher = teachers.build_teacher(args.teacher, (side, side), args.patch_size, run.device)
-    if args.cache_teacher:                   # features are computed once, later only read
-        how = dict(batch_size=args.micro_batch, workers=args.workers)
-        folder = args.cache_teacher
-        train_set = cache_features(teacher, train_set, folder, run, flip=True, **how)
-        val_set = cache_features(teacher, val_set, folder, run, flip=False, **how)
-    return teacher, train_set, val_set
-
-
-def images_and_features(batch, teacher, device):
-    """-> images (B, 3, H, W) in [0, 1], t (B, N, C) from the teacher or from its cache."""
-    if isinstance(batch, torch.Tensor):
-        images = data.to_float(batch, device)
-        return images, teacher(images)
-    images, t = batch
-    return data.to_float(images, device), t.to(device, non_blocking=True).float()
 
 
 # --- arguments ------------------------------------------------------------------------------------

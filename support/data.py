@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from support.files import UserError
 from support.images import Cifar, Folder, shown
@@ -248,6 +248,14 @@ def to_float(images, device):
     """
     images = images.to(device, non_blocking=True)
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
+def some_images(dataset, indices, device, batch_size=64):
+    """Some images of a data set in batches (B, 3, H, W) in [0, 1]. Cached features are left out."""
+    some = Subset(dataset, indices)
+    for batch, _ in make_loader(some, eval_batches(len(some), batch_size), 0, device):
+        images = batch if isinstance(batch, torch.Tensor) else batch[0]
+        yield to_float(images, device)
 
 
 def two_views(views, device):

@@ -1,7 +1,8 @@
 """Features computed once, kept in a file, and read from then on.
 
-    store_features   encode(images) of a whole data set -> FeatureFile, computed if it is missing
-    cache_features   a data set whose images come with their teacher's features (vqkd.py)
+    store_features            encode(images) of a whole data set -> FeatureFile, computed if missing
+    cache_features            a data set whose images come with their teacher's features
+    open_teacher_and_images   what vqkd.py learns from, with such features or without
 
 The name of a file ends in a hash of everything that its features follow from: weights, code,
 images, sizes, precision. So other weights or other images never meet an old file. A file is written
@@ -27,6 +28,7 @@ from support import data, transforms
 from support.files import UserError
 from support.images import shown
 from support.process import seed_all
+from support.teachers import build_teacher
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -248,3 +250,24 @@ class WithFeatures(Dataset):
         mirrored = self.file.shape[1] == 2 and bool(torch.rand(()) < 0.5)
         t = self.file[index, int(mirrored)]                  # (N, C)
         return (image.flip(-1) if mirrored else image, t), label
+
+
+# --- stage 1 --------------------------------------------------------------------------------------
+def open_teacher_and_images(args, process):
+    """-> the frozen teacher, training images in random crops, whole held-out images.
+
+    With --cache-teacher the training images are whole, too, and come with their features.
+    """
+    whole_image = transforms.EvalTransform(args.image_size)
+    crops = transforms.VQKDTransform(args.image_size, scale=(args.crop_scale, 1.0))
+    train_set = data.open_split(args, "train", whole_image if args.cache_teacher else crops)
+    val_set = data.open_split(args, "val", whole_image)
+    data.leave_out_bad(args, process, train_set, val_set)
+    side = args.image_size // args.patch_size
+    teacher = build_teacher(args.teacher, (side, side), args.patch_size, process.device)
+    if args.cache_teacher:                   # features are computed once, later only read
+        how = dict(batch_size=args.micro_batch, workers=args.workers)
+        folder = args.cache_teacher
+        train_set = cache_features(teacher, train_set, folder, process, flip=True, **how)
+        val_set = cache_features(teacher, val_set, folder, process, flip=False, **how)
+    return teacher, train_set, val_set
