@@ -32,8 +32,8 @@ from support.optim import adamw, param_groups, set_lr
 from support.process import launch, seed_all
 from support.run import Run, dry_run
 from support.scenes import (
-    IGNORE, SegmentTransform, by_name, class_table, draw_scenes, fit_size, open_for_segmenter,
-    open_split)
+    IGNORE, SegmentTransform, bands, by_name, class_table, draw_scenes, fit_size,
+    open_for_segmenter, open_split, resize_rows)
 from support.start import describe_start, read_start, start_backbone, start_file
 
 MODELS = "tiny", "small", "base", "large"
@@ -256,39 +256,55 @@ def slide(logits_of, images, window, stride):
                 total = logits.new_zeros(*logits.shape[:2], height, width)
             total[place] += logits
             times[place] += 1
-    return total / times
+    return total.div_(times)
 
 
-def predict(model, images, scales=(1.0,), flip=False):
-    """Class probabilities (B, C, H, W) of images (B, 3, H, W) in [0, 1] of any size.
+def view_logits(model, images, scale, mirrored):
+    """Logits (B, C, h, w) of one view of images (B, 3, H, W) in [0, 1]: resized, maybe mirrored.
 
-    Images are resized to fit (4 S, S), S the side of the crop (base: 2048, 512), and read through
-    windows. Probabilities are averaged over `scales` and, with `flip`, over mirror images.
+    Images are resized to fit (4 S, S) x scale, S the side of the crop (base: 2048, 512), and read
+    through windows. The logits come back with the mirror image turned back.
     """
     window = model.backbone.image_size
     stride = [round(side * 2 / 3) for side in window]        # 341 of 512
     size = tuple(images.shape[-2:])
-    total = 0
-    for scale in scales:
-        height, width = fit_size(*size, 4 * min(window) * scale, min(window) * scale)
-        view = images if (height, width) == size else resize(images, (height, width))
-        # Differs from the recipe, which fails if a side is shorter than the window (aspect above
-        # 4, scales below 1). We pad with 0, the mean colour, and remove the padding below.
-        missing_height = max(window[0] - height, 0)
-        missing_width = max(window[1] - width, 0)
-        view = F.pad(imagenet_normalize(view), (0, missing_width, 0, missing_height))
-        logits = [slide(model, view, window, stride)]
-        if flip:
-            logits.append(slide(model, view.flip(-1), window, stride).flip(-1))
-        for x in logits:
-            total = total + resize(x[..., :height, :width], size).softmax(dim=1)
-    return total / (len(scales) * (1 + flip))
+    height, width = fit_size(*size, 4 * min(window) * scale, min(window) * scale)
+    view = images if (height, width) == size else resize(images, (height, width))
+    # Differs from the recipe, which fails if a side is shorter than the window (aspect above 4,
+    # scales below 1). We pad with 0, the mean colour, and remove the padding below.
+    missing_height = max(window[0] - height, 0)
+    missing_width = max(window[1] - width, 0)
+    view = F.pad(imagenet_normalize(view), (0, missing_width, 0, missing_height))
+    if mirrored:
+        logits = slide(model, view.flip(-1), window, stride).flip(-1)
+    else:
+        logits = slide(model, view, window, stride)
+    return logits[..., :height, :width]
+
+
+def predict(model, images, scales=(1.0,), flip=False):
+    """Class probabilities of images (B, 3, H, W) in [0, 1], of any size.
+
+    Yields them in bands from top to bottom, (B, C, rows, W) each: all at once would take 0.6 GB
+    per megapixel with 150 classes. They are averaged over `scales` and, with `flip`, over mirror
+    images.
+    """
+    size = tuple(images.shape[-2:])
+    views = [(scale, mirrored) for scale in scales for mirrored in (False, True)[:1 + flip]]
+    sums = {}                                # of the views so far, by the first row of the band
+    for view in views:
+        logits = view_logits(model, images, *view)           # (B, C, h, w)
+        for top, bottom in bands(size, len(images) * logits.shape[1]):
+            p = resize_rows(logits, size, top, bottom).softmax(dim=1)
+            sums[top] = sums.pop(top, 0) + p
+            if view == views[-1]:
+                yield sums.pop(top) / len(views)
 
 
 def confusion(predicted, labels, classes):
     """How many pixels of class i (row) were called class j (column).  2 x (B, H, W) -> (C, C)"""
     known = labels != IGNORE
-    pairs = labels[known] * classes + predicted[known]       # i C + j
+    pairs = labels[known].long() * classes + predicted[known]        # i C + j
     return pairs.bincount(minlength=classes ** 2).view(classes, classes)
 
 
@@ -314,11 +330,12 @@ def scores(matrix, background=False):
 
 @torch.no_grad()
 def name_pixels(model, images, run, multi_scale=False):
-    """Images (B, 3, H, W) uint8 -> the class of every pixel (B, H, W)."""
+    """Images (B, 3, H, W) uint8 -> the class of every pixel (B, H, W) uint8."""
     images = data.to_float(images, run.device)
     scales = SCALES if multi_scale else [1.0]
     with run.autocast():
-        return predict(model, images, scales, flip=multi_scale).argmax(dim=1)
+        probabilities = predict(model, images, scales, flip=multi_scale)
+        return torch.cat([p.argmax(dim=1).to(torch.uint8) for p in probabilities], dim=1)
 
 
 def evaluate(model, dataset, run, multi_scale=False):
@@ -327,7 +344,7 @@ def evaluate(model, dataset, run, multi_scale=False):
     classes = len(dataset.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.long, device=run.device)
     for images, labels in run.eval_batches(dataset, dataset.at_once):
-        labels = labels.to(run.device).long()                # (B, H, W)
+        labels = labels.to(run.device)                       # (B, H, W) uint8
         matrix += confusion(name_pixels(model, images, run, multi_scale), labels, classes)
     model.train()
     return scores(run.sum(matrix), dataset.background)

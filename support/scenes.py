@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from model import IMAGENET_MEAN
 from support.files import UserError
@@ -309,6 +310,31 @@ def open_for_segmenter(args, count, names):
         raise UserError(f"{args.checkpoint} knows {count} classes, {shown(dataset.name)} has "
                         f"{len(dataset.classes)}{other}: give the data of its training")
     return dataset
+
+
+# --- predictions, a band at a time ----------------------------------------------------------------
+def bands(size, depth, most=2**22):
+    """Rows of an image of `size` (H, W) from top to bottom, as (first, last + 1).
+
+    A band of `depth` numbers a pixel holds `most` numbers, or a little less; at least one row.
+    """
+    rows = max(1, most // (depth * size[1]))
+    return [(top, min(top + rows, size[0])) for top in range(0, size[0], rows)]
+
+
+def resize_rows(x, size, top, bottom):
+    """The rows top to bottom - 1 of maps (B, C, h, w) resized to `size` (H, W), bilinear.
+
+    -> (B, C, bottom - top, W)
+    """
+    if bottom - top < size[0]:
+        # Row r lies at (r + 1/2) h / H - 1/2 among the h rows, between two of them.
+        rows = torch.arange(top, bottom, device=x.device)
+        place = ((rows + 0.5) * (x.shape[2] / size[0]) - 0.5).clamp(min=0)
+        above = place.long().clamp(max=x.shape[2] - 1)
+        below = (above + 1).clamp(max=x.shape[2] - 1)
+        x = torch.lerp(x[:, :, above], x[:, :, below], (place - above)[:, None])
+    return F.interpolate(x, (bottom - top, size[1]), mode="bilinear", align_corners=False)
 
 
 # --- results --------------------------------------------------------------------------------------

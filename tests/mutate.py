@@ -484,12 +484,12 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ("heads learn as slowly as the embeddings", "else depth + 1\n", "else 0\n"),
         ("rate falls by a square", "base * (1 - step / total)", "base * (1 - step / total) ** 2"),
         ("last window beyond the image", "min(i * stride, side - window)", "i * stride"),
-        ("overlaps added up", "return total / times", "return total"),
-        ("mirrored logits not turned back", "window, stride).flip(-1))", "window, stride))"),
+        ("overlaps added up", "return total.div_(times)", "return total"),
+        ("mirrored logits not turned back", "window, stride).flip(-1)\n", "window, stride)\n"),
         (
             "confusion transposed",
-            "labels[known] * classes + predicted[known]",
-            "predicted[known] * classes + labels[known]",
+            "labels[known].long() * classes + predicted[known]",
+            "predicted[known].long() * classes + labels[known]",
         ),
         ("absent classes count as 0", "miou=iou.nanmean()", "miou=iou.nan_to_num().mean()"),
         ("auxiliary loss in full", "loss_main + AUX_WEIGHT * loss_aux", "loss_main + loss_aux"),
@@ -524,6 +524,8 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
     ],
     "support/scenes.py": [
         ("labels interpolated", "size, NEAREST)[0]", "size, BILINEAR)[0]"),
+        ("bands half a row too low", "(rows + 0.5) *", "rows *"),
+        ("a band leaves a row out", "range(0, size[0], rows)", "range(0, size[0], rows + 1)"),
         (
             "labels not flipped",
             "image, labels = image.flip(-1), labels.flip(-1)",

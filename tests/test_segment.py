@@ -1,12 +1,14 @@
 """Segmentation: loss, rates, windows, scores, and the stage as a whole."""
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_lines, stage
+from conftest import ROOT, log_lines, stage
 from PIL import Image
 
 import segment
@@ -18,7 +20,7 @@ from segment import (
 from support import data
 from support.files import UserError, read_file, write_file
 from support.run import Run
-from support.scenes import IGNORE, open_scenes
+from support.scenes import IGNORE, bands, open_scenes
 
 TINY = PRESETS["tiny"]
 QUICK = ["--limit", "24", "--batch-size", "8", "--workers", "0", "--amp", "no", "--device", "cpu"]
@@ -175,7 +177,7 @@ def test_windows_lie_two_thirds_of_a_crop_apart_on_an_image_fitted_to_its_shorte
         return slide(model, images, window, stride)
     monkeypatch.setattr(segment, "slide", note)
     images = torch.rand(1, 3, 96, 240)                       # to fit 192 x 48: halved
-    predict(small().eval(), images)
+    list(predict(small().eval(), images))
     (view, window, stride), = seen
     assert window == (48, 48)
     assert list(stride) == [32, 32]
@@ -189,7 +191,7 @@ def test_windows_lie_two_thirds_of_a_crop_apart_on_an_image_fitted_to_its_shorte
 @pytest.mark.parametrize("options", [{}, dict(scales=(0.5, 1.25), flip=True)])
 def test_a_prediction_has_the_size_of_its_image_and_sums_to_one_whatever_its_aspect(size, options):
     # The second and third size are too flat for a window.
-    p = predict(small().eval(), torch.rand(1, 3, *size), **options)
+    p = torch.cat(list(predict(small().eval(), torch.rand(1, 3, *size), **options)), dim=2)
     assert p.shape == (1, 5, *size)
     torch.testing.assert_close(p.sum(dim=1), torch.ones(1, *size))
 
@@ -197,15 +199,53 @@ def test_a_prediction_has_the_size_of_its_image_and_sums_to_one_whatever_its_asp
 @torch.no_grad()
 def test_windows_need_not_be_square():
     model = UPerNet(ViT((32, 56), 8, 24, 4, 3), classes=5, channels=8).eval()
-    assert predict(model, torch.rand(1, 3, 50, 61)).shape == (1, 5, 50, 61)
+    band, = predict(model, torch.rand(1, 3, 50, 61))
+    assert band.shape == (1, 5, 50, 61)
 
 
 @torch.no_grad()
 def test_mirroring_the_image_mirrors_the_average_over_both():
     model = small().eval()
     image = torch.rand(1, 3, 48, 60)
-    mirrored = predict(model, image, flip=True).flip(-1)
-    torch.testing.assert_close(predict(model, image.flip(-1), flip=True), mirrored)
+    p, = predict(model, image, flip=True)
+    of_mirrored, = predict(model, image.flip(-1), flip=True)
+    torch.testing.assert_close(of_mirrored, p.flip(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(48, 60), (150, 101), (31, 200), (1, 1)])
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_bands_of_a_prediction_put_together_are_the_prediction_at_once(
+        monkeypatch, size, multi_scale):
+    model = small().eval()
+    images = torch.randint(256, (2, 3, *size), dtype=torch.uint8)
+    options = dict(scales=segment.SCALES, flip=True) if multi_scale else {}
+    whole, = predict(model, images / 255, **options)
+    called = segment.name_pixels(model, images, Process(), multi_scale)
+    assert torch.equal(called.long(), whole.argmax(dim=1))
+    monkeypatch.setattr(segment, "bands", lambda size, depth: bands(size, depth, most=7000))
+    parts = list(predict(model, images / 255, **options))
+    assert len(parts) > 1 or size == (1, 1)
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=1e-6, rtol=1e-5)
+    assert torch.equal(segment.name_pixels(model, images, Process(), multi_scale), called)
+
+
+@pytest.mark.parametrize("multi_scale, megabytes", [(False, 120), (True, 800)])
+def test_a_prediction_of_one_megapixel_does_not_hold_all_its_logits(multi_scale, megabytes):
+    # 150 classes at every pixel are 600 MB: once for many views, which are added up, else never.
+    code = f"""
+import resource, torch, segment
+from model import ViT
+from support.process import Process
+torch.set_num_threads(1)
+model = segment.UPerNet(ViT(48, 8, 24, 4, 3), 150, channels=8).eval()
+images = torch.zeros(1, 3, 1000, 1000, dtype=torch.uint8)
+segment.name_pixels(model, images[:, :, :100, :100], Process())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+segment.name_pixels(model, images, Process(), {multi_scale})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert float(done.stdout) < megabytes, done.stderr
 
 
 # --- scores ---------------------------------------------------------------------------------------
