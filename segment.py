@@ -291,14 +291,17 @@ def predict(model, images, scales=(1.0,), flip=False):
     """
     size = tuple(images.shape[-2:])
     views = [(scale, mirrored) for scale in scales for mirrored in (False, True)[:1 + flip]]
-    sums = {}                                # of the views so far, by the first row of the band
+    total = None                             # of the views so far, if there are several
     for view in views:
         logits = view_logits(model, images, *view)           # (B, C, h, w)
+        if total is None and len(views) > 1:
+            total = logits.new_zeros(*logits.shape[:2], *size)
         for top, bottom in bands(size, len(images) * logits.shape[1]):
             p = resize_rows(logits, size, top, bottom).softmax(dim=1)
-            sums[top] = sums.pop(top, 0) + p
+            if total is not None:
+                p = total[:, :, top:bottom].add_(p)
             if view == views[-1]:
-                yield sums.pop(top) / len(views)
+                yield p / len(views)
 
 
 def confusion(predicted, labels, classes):

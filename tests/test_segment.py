@@ -19,6 +19,7 @@ from segment import (
     window_starts)
 from support import data
 from support.files import UserError, read_file, write_file
+from support.process import Process
 from support.run import Run
 from support.scenes import IGNORE, bands, open_scenes
 
@@ -230,16 +231,16 @@ def test_bands_of_a_prediction_put_together_are_the_prediction_at_once(
     assert torch.equal(segment.name_pixels(model, images, Process(), multi_scale), called)
 
 
-@pytest.mark.parametrize("multi_scale, megabytes", [(False, 120), (True, 800)])
-def test_a_prediction_of_one_megapixel_does_not_hold_all_its_logits(multi_scale, megabytes):
-    # 150 classes at every pixel are 600 MB: once for many views, which are added up, else never.
+@pytest.mark.parametrize("side, multi_scale, megabytes", [(1000, False, 450), (600, True, 600)])
+def test_a_prediction_holds_the_logits_of_all_pixels_once_or_never(side, multi_scale, megabytes):
+    # 150 numbers a pixel are 600 and 216 MB. Only several views need them, to be added up.
     code = f"""
 import resource, torch, segment
 from model import ViT
 from support.process import Process
 torch.set_num_threads(1)
 model = segment.UPerNet(ViT(48, 8, 24, 4, 3), 150, channels=8).eval()
-images = torch.zeros(1, 3, 1000, 1000, dtype=torch.uint8)
+images = torch.zeros(1, 3, {side}, {side}, dtype=torch.uint8)
 segment.name_pixels(model, images[:, :, :100, :100], Process())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 segment.name_pixels(model, images, Process(), {multi_scale})
