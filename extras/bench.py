@@ -423,6 +423,10 @@ def main(argv=None):
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.plan:
+        peaks = {"GPU": args.peak_tflops * 1e12} if args.peak_tflops else plan.PEAKS
+        print("\n".join(plan.table(plan.plan(peaks, args.share))))
+        return
     device = join_processes(args.device).device
     if args.clock == "cpu" and device.type != "cpu":
         raise UserError(f"--clock cpu does not see the work of {device}: leave it out")
@@ -444,10 +448,6 @@ def main(argv=None):
             raise UserError(f"cannot write {args.out} ({error.strerror}): choose another "
                             f"--out") from error
 
-    if args.plan:
-        peaks = {"GPU": args.peak_tflops * 1e12} if args.peak_tflops else plan.PEAKS
-        print("\n".join(plan.table(plan.plan(peaks, args.share))))
-        return
     torch.manual_seed(0)
     for stage in BENCHES if args.stage == "all" else [args.stage]:
         BENCHES[stage](args, device, tell)

@@ -2,7 +2,8 @@
 
     python -m results.gpu_page               # reads results/gpu/*.jsonl, writes results/gpu.md
 
-Every figure on the page stands in a record. A part without a record is "not run yet".
+Every figure of the tables stands in a record. A part without a record is "not run yet". What the
+figures led to is told in results/gpu/findings.md, which ends the page.
 """
 from results.tables import RESULTS, read_lines
 
@@ -132,17 +133,20 @@ def others(found):
         if "ddp" in r:
             lines.append(f"* DDP and SyncBatchNorm with one process: {r['ddp']}.")
     for r in newest(of(found, "same_seed_twice")):
-        lines.append(f"* The same seed twice, {r['steps']} steps of tiny's tokenizer: weights "
-                     f"differ by up to {r['largest_difference']:.2g}, cosines "
-                     f"{r['cosines'][0]:.4f} and {r['cosines'][1]:.4f}.")
+        counted = "usage counts among them" if "of_counts" not in r else "without usage counts"
+        lines.append(f"* The same seed twice, {r['steps']} steps of tiny's tokenizer: numbers in "
+                     f"the file ({counted}) differ by up to {r['largest_difference']:.2g}, "
+                     f"cosines to the teacher are {r['cosines'][0]:.4f} and "
+                     f"{r['cosines'][1]:.4f}.")
     for r in newest(of(found, "loader"), "ends", "step_at_full_matrix_rate"):
         if "ends" not in r:
             lines.append(f"* A step of base pre-training at the full matrix rate would take "
                          f"{r['step_at_full_matrix_rate']:.0f} images/s from the loader.")
-    for r in newest(of(found, "tests")):
+    for r in [r for r in of(found, "tests") if "ends" in r][-1:]:
         lines.append(f"* Quick tests on that machine: {r['ends']}")
-    for r in found:
-        if "failed" in r and r["part"] != "tests":
+    for i, r in enumerate(found):
+        later = {x["part"] for x in found[i + 1:] if "failed" not in x and "skipped" not in x}
+        if "failed" in r and r["part"] not in later | {"tests"}:
             lines.append(f"* {r['file']}: {r['part']} failed: {r['failed'][:160]}")
     return lines
 
@@ -162,7 +166,7 @@ def page(found):
         rows = section(found)
         empty = len(rows) <= 2 and section is not others
         lines += [f"## {title}", "", *(["not run yet"] if empty or not rows else rows), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, (RESULTS / "gpu" / "findings.md").read_text()])
 
 
 def main():
