@@ -270,7 +270,6 @@ def train(args):
     run = Run("vqkd", args)
     teacher, train_set, val_set = open_teacher_and_images(args, run)
     quantize_from = first_quantized_step(args, len(train_set))
-
     model = first_model(args, teacher.dims).to(run.device)
     groups = param_groups(model.named_parameters(), args.weight_decay)
     optimizer = adamw(groups, (0.9, args.beta2), run.device)
@@ -309,7 +308,8 @@ def train(args):
             health.look_after(model.quantize, h, counts, run)
 
         if run.log_due:
-            run.log(loss=loss, **parts, **(codebook_usage(counts) if quantize else {}))
+            usage = codebook_usage(counts) if quantize else {}
+            run.log(loss=loss, **parts, **usage)
         if run.evaluation_due and quantize:
             result = evaluate(model, teacher, val_set, run)
             run.log_evaluation(result)
