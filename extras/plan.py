@@ -26,17 +26,22 @@ def records(path):
 
 
 def measured_steps():
-    """{(stage, model): the fastest record of a step} from results/gpu."""
+    """{(stage, model): the fastest record of a step} from results/gpu.
+
+    Its peak_mib is the memory of the newest step whose memory was measured (compiled ones are not).
+    """
     found = {}
+    memory = {}
     for path in sorted((ROOT / "results" / "gpu").glob("*.jsonl")):
         for record in records(path):
             if "share_of_datasheet" not in record:
                 continue
             key = record["stage"], record["model"]
+            memory[key] = record.get("peak_mib", memory.get(key))
             share = record["share_of_datasheet"]
             if key not in found or share > found[key]["share_of_datasheet"]:
                 found[key] = record
-    return found
+    return {key: record | dict(peak_mib=memory[key]) for key, record in found.items()}
 
 
 def loader_rates():
@@ -70,7 +75,7 @@ def plan(peaks, share=None):
             for gpus in GPUS:
                 _, took[card, gpus], rate = hours(ops, images, of_peak, peak, gpus)
                 cores[card, gpus] = rate / rates[stage] if stage in rates else None
-        gib = record["peak_mib"] / 1024 if record and "peak_mib" in record else None
+        gib = record["peak_mib"] / 1024 if record and record["peak_mib"] else None
         rows.append(Row(what, model, stage, images, of_peak, record is not None and share is None,
                         gib, took, cores))
     return rows

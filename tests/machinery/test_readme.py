@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from conftest import ROOT
+from results.readme import STAGES, flags, method_lines, with_tables
 
 README = (ROOT / "README.md").read_text()
 SCRIPT = re.compile(r"(?:python|torchrun)\s+(?:--\S+\s+)*(?:-m\s+)?"
                     r"((?:extras|results)\.\w+|\w+\.py)([^`#\n]*)")
-STAGES = ["vqkd", "pretrain", "finetune", "linprobe", "segment"]
 
 
 def commands():
@@ -60,8 +60,9 @@ def test_every_flag_that_the_readme_names_belongs_to_some_command():
     for script in ("extras.bench", "extras.convert", "extras.visualize", "extras.robustness",
                    "extras.features", "results.ablate", "results.factors"):
         everything += help_of(script)
-    others = {"--nproc_per_node", "--max-restarts", "--nnodes", "--include"}     # of torchrun, grep
-    named = set(re.findall(r"(?<![\w-])(--[a-z][\w-]+)", README)) - others
+    others = {"--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend",    # of torchrun
+              "--rdzv_endpoint", "--include"}                # of grep
+    named = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*\w)(?![\w-])", README)) - others
     unknown = [name for name in named if not re.search(rf"{name}\b", everything)]
     assert not unknown
 
@@ -84,33 +85,24 @@ def test_a_row_of_the_equation_table_leads_to_code_and_to_its_test(row):
     assert any(name.rpartition(".")[2] in (ROOT / test).read_text() for name in names)
 
 
-def method_lines(path):
-    """Lines of the sections "method" and "training" of a stage, and all of model.py.
-
-    Docstring, imports, arguments and main are not counted.
-    """
-    lines = path.read_text().splitlines()
-    if path.name == "model.py":
-        return len(lines)
-    heads = [i for i, line in enumerate(lines) if line.startswith("# --- ")] + [len(lines)]
-    total = 0
-    for first, last in zip(heads, heads[1:], strict=False):
-        if re.match(r"# --- (method|training)", lines[first]):
-            total += last - first
-    return total
+def test_the_tables_that_follow_from_the_code_are_todays():
+    assert with_tables(README) == README, "python -m results.readme"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_method_is_over_half_of_a_stage_file(stage):
-    path = ROOT / f"{stage}.py"
-    tree = ast.parse(path.read_text())
-    assert method_lines(path) / (len(path.read_text().splitlines()) - tree.body[0].end_lineno) > 0.5
+    text = (ROOT / f"{stage}.py").read_text()
+    docstring = ast.parse(text).body[0].end_lineno
+    assert method_lines(text) / (len(text.splitlines()) - docstring) > 0.5
 
 
-@pytest.mark.parametrize("name", ["model", *STAGES])
-def test_the_readme_counts_the_lines_of_method(name):
-    row = re.search(rf"^\| \[{name}\.py\].*\| (\d+) of (\d+) \|$", README, re.M)
-    assert row, f"no row of {name}.py"
-    path = ROOT / f"{name}.py"
-    assert (int(row[1]), int(row[2])) == (method_lines(path),
-                                          len(path.read_text().splitlines()))
+def test_lines_of_method_are_those_of_method_and_training():
+    lines = ["docstring", "# --- method: a", "x", "", "# --- training ---", "y", "# --- arguments", "z"]
+    assert method_lines("\n".join(lines)) == 3 + 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_of_a_stage_has_a_line_and_says_what_it_does(stage):
+    for flag, text in flags(stage).items():
+        assert text, f"{stage} {flag} has no help"
+        assert f"| `{flag}` |" in README
