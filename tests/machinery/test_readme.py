@@ -18,7 +18,8 @@ SCRIPT = re.compile(r"(?:python|torchrun)\s+(?:--\S+\s+)*(?:-m\s+)?"
 
 def commands():
     """-> (script, flags) of every command in the README; lines broken inside ` ` are joined."""
-    text = re.sub(r"`[^`]*`", lambda m: m.group().replace("\n", " "), README)
+    text = README.replace("```", "")         # in a block each line is a command
+    text = re.sub(r"`[^`]*`", lambda m: m.group().replace("\n", " "), text)
     found = [(script, tuple(re.findall(r"(--[a-z][\w-]*)", rest)))
              for script, rest in SCRIPT.findall(text)]
     return sorted(set(found))
@@ -97,7 +98,7 @@ def test_the_method_is_over_half_of_a_stage_file(stage):
 
 
 def test_lines_of_method_are_those_of_method_and_training():
-    lines = ["docstring", "# --- method: a", "x", "", "# --- training ---", "y", "# --- arguments", "z"]
+    lines = ["docstring", "# --- method: a", "x", "", "# --- training ---", "y", "# --- data", "z"]
     assert method_lines("\n".join(lines)) == 3 + 2
 
 
