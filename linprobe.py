@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import PRESETS, imagenet_normalize
+from support import inputs
 from support.args import check_range, fill_in, number, run_parser, whole
 from support.files import Log, UserError, describe_run, rounded, write_file
 from support.optim import adamw, cosine_schedule, set_lr
@@ -373,13 +374,11 @@ def main(argv=None):
     process = join_processes(args.device, args.amp)
     args.amp = process.amp
     stage = "linprobe" if args.source in ("pretrain", "all") else f"linprobe_{args.source}"
-    done = args.out / f"{stage}.pt"
-    probed = file_of(args.source, args)
-    if done.exists() and probed.exists() and done.stat().st_mtime < probed.stat().st_mtime:
-        args.fresh = True                    # a probe of an earlier network: set it aside
-    find_resume_file(stage, args, process)   # ends here if this probe is done
-
     names = (*SOURCES, "pixels") if args.source == "all" else (args.source,)
+    files = {name: file_of(name, args) for name in names if name in ("pretrain", "tokenizer")}
+    find_resume_file(stage, args, process, **files)          # ends here if this probe is done
+
+    made_from = inputs.made_from(args, process, **files)
     sources = [load_source(name, args, process.device) for name in names]
     log = Log(args.out / f"{stage}.jsonl", args, process)
     results = []
@@ -397,9 +396,9 @@ def main(argv=None):
         print(sources_compared(summaries))
     first, (weight, bias) = results[0]
     model = dict(weight=weight.cpu(), bias=bias.cpu())                   # (C, F'), (C,)
-    write_file(done, describe_run(stage, args) | dict(
+    write_file(args.out / f"{stage}.pt", describe_run(stage, args) | dict(
         model=model, block=first["block"], readout=first["readout"], norm=first["norm"],
-        rate=first["rate"], result=first, sources=summaries))
+        rate=first["rate"], result=first, sources=summaries, made_from=made_from))
     return first
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from support import data
+from support import data, inputs
 from support.files import (
     Log, UserError, describe_run, plain_args, read_file, rounded, set_aside, write_file)
 from support.images import find_images
@@ -72,6 +72,7 @@ class Run(Process):
         self.model = parts["model"]
         self.about = about or {}
         self.before_saving = before_saving
+        self.made_from = inputs.made_from(args, self)
         self.restore()
 
         steps = data.resolve_steps(args, len(train_set))
@@ -245,7 +246,8 @@ class Run(Process):
     # --- files
     def contents(self):
         """What a file of this run holds beside the state of the optimiser."""
-        return contents(self.stage, self.model, self.args) | self.about
+        return contents(self.stage, self.model, self.args) | self.about | dict(
+            made_from=self.made_from)
 
     def save(self):
         """Write STAGE.resume.pt. The one before stays as .prev until the next time."""
@@ -276,10 +278,11 @@ def contents(stage, model, args):
 
 
 # --- resuming -------------------------------------------------------------------------------------
-def find_resume_file(stage, args, process):
+def find_resume_file(stage, args, process, **files):
     """-> the contents of STAGE.resume.pt, or None for a fresh start. Exits 0 if the run is done.
 
-    Raises UserError if the folder holds a run with other arguments, or no readable file.
+    files: {name: path} of files that the run reads and no argument names. Raises UserError if the
+    folder holds a run with other arguments or from other inputs, or no readable file.
     """
     # torchrun --max-restarts repeats the command. Then the files in OUT belong to this run.
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -296,10 +299,7 @@ def find_resume_file(stage, args, process):
     if "source_hash" not in state:
         raise UserError(f"{path} was made by another command (converted?): "
                         f"choose another --out, or add --fresh")
-    changed = differences(state["args"], plain_args(args))
-    if changed:
-        raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
-                        f"repeat them, choose another --out, or add --fresh")
+    refuse_other_inputs(path, state, args, inputs.made_from(args, process, **files), process)
     if path != final:
         return state
     now = describe_run(stage, args)["source_hash"]
@@ -341,14 +341,43 @@ def refuse_other_folders(state, args, process):
                         f"name a folder that all machines share")
 
 
-def differences(old, new):
-    """Arguments that change what a run computes and differ between two runs, as readable text."""
+def refuse_other_inputs(path, state, args, now, process):
+    """UserError if a file was made with other arguments, or from other inputs than `now`."""
+    was = state.get("made_from")
+    # A file that was moved, or a folder of images, is known by its content.
+    by_content = [name for name in now if was and name in was]
+    changed = differences(state["args"], plain_args(args), by_content)
+    if changed:
+        raise UserError(f"{path} belongs to a run with other arguments ({'; '.join(changed)}): "
+                        f"repeat them, choose another --out, or add --fresh")
+    changed, unknown = inputs.compare(was, now, args)
+    if changed:
+        raise UserError(f"{path} was made from other inputs ({'; '.join(changed)}): put them back, "
+                        f"or choose another --out, or add --fresh, which sets {path} aside")
+    if unknown and process.is_main:
+        print(f"note: what {path} was made from is not compared: {', '.join(unknown)}",
+              file=sys.stderr)
+
+
+def differences(old, new, by_content=()):
+    """Arguments that change what a run computes and differ between two runs, as readable text.
+
+    by_content: names of arguments that are compared elsewhere.
+    """
     changed = []
     for name in sorted(old.keys() & new.keys()):
         kept = name == "amp" and new[name] == "auto"         # a run keeps the precision it has
-        if name not in SAME_RUN and not kept and old[name] != new[name]:
+        passed_over = kept or name in SAME_RUN or name in by_content
+        if not passed_over and within_out(name, old) != within_out(name, new):
             changed.append(f"--{name.replace('_', '-')} {old[name]} -> {new[name]}")
     return changed
+
+
+def within_out(name, args):
+    """An argument; if it is a path into the folder OUT, then without OUT, which may be moved."""
+    out = f"{args.get('out')}{os.sep}"
+    value = args[name]
+    return value.removeprefix(out) if isinstance(value, str) else value
 
 
 # --- without running ------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ TESTS = {  # which tests/test_*.py run, in this order, where a bug names no othe
     "support/run.py": "run loops",
     "support/optim.py": "optim",
     "support/files.py": "files",
+    "support/inputs.py": "inputs",
     "support/data.py": "batches",
     "support/images.py": "images batches",
     "support/shapes.py": "shapes",
@@ -571,6 +572,12 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             "self.step, self.rank, 0)",
             "run",
         ),
+    ],
+    "support/inputs.py": [
+        ("tensors do not count", "p.file_size, p.CRC)", "p.file_size)"),
+        ("labels do not count", "os.path.relpath(path, root)", "os.path.basename(path)"),
+        ("label maps are known by size", "small or path.startswith(label_maps)", "small"),
+        ("changed inputs count as the same", "in now and was[name] != now[name]", "not in now"),
     ],
     "support/files.py": [
         ("a flipped bit goes unnoticed", "damaged = archive.testzip()", "damaged = None"),

@@ -1,6 +1,4 @@
 """linprobe.py: a probe measures the features and nothing else."""
-import os
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from linprobe import (
     summarise, train_heads)
 from model import ViT, imagenet_normalize
 from support import data
-from support.files import read_file, write_file
+from support.files import UserError, read_file, write_file
 from support.optim import cosine_schedule
 from support.probe import Source, load_source
 from support.process import launch
@@ -374,21 +372,24 @@ def test_the_features_go_with_the_probe_unless_they_are_to_be_kept(tmp_path, mon
     assert not different
 
 
-def test_a_probe_of_an_earlier_network_is_set_aside_and_further_views_are_features_too(
+def test_a_probe_of_an_earlier_network_is_refused_or_set_aside_and_further_views_are_features_too(
         tmp_path, capsys):
     out, results = tmp_path / "run", {}
-    flags = "--limit 50 --steps 2 --workers 0 --device cpu --augment 2 --rates".split()
-    for rate in ("0.1", "0.2"):              # of the same network, the second would be refused
-        torch.manual_seed(int(rate[-1]))
+    flags = "--limit 50 --steps 2 --workers 0 --device cpu --augment 2 --rates 0.1".split()
+    flags += ["--out", str(out)]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
         arch = dict(image_size=48, patch_size=8, width=32, depth=2, heads=2, positions="shared",
                     layer_scale=0.1)
         state = {**ViT(**arch, pool=None).state_dict(), "mask_token": torch.zeros(1, 1, 32)}
         write_file(out / "pretrain.pt", dict(kind="pretrain", arch=arch, model=state))
-        results[rate] = linprobe.main([*flags, rate, "--out", str(out)])
-        os.utime(out / "linprobe.pt", (1, 1))
+        if seed == 2:
+            with pytest.raises(UserError, match="made from other inputs .the pretrain file was"):
+                linprobe.main(flags)
+            flags.append("--fresh")
+        results[seed] = linprobe.main(flags)
     assert (tmp_path / "run.1" / "linprobe.pt").exists() and (out / "linprobe.pt").exists()
-    assert results["0.2"]["rate"] == 0.2
-    assert results["0.1"]["paper_reading"] == "norm mean"    # no blocks of patch aggregation
+    assert results[1]["paper_reading"] == "norm mean"        # no blocks of patch aggregation
     assert "150 x 3 x 64 numbers" in capsys.readouterr().out
 
 
