@@ -375,6 +375,7 @@ def main(argv=None):
     args.amp = process.amp
     stage = "linprobe" if args.source in ("pretrain", "all") else f"linprobe_{args.source}"
     names = (*SOURCES, "pixels") if args.source == "all" else (args.source,)
+    # A probe belongs to the weights it read, whatever their file is called.
     files = {name: file_of(name, args) for name in names if name in ("pretrain", "tokenizer")}
     find_resume_file(stage, args, process, **files)          # ends here if this probe is done
 
