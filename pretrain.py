@@ -34,6 +34,7 @@ from support.guessers import commonest_codes, guess_hidden
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
 from support.process import launch, seed_all
 from support.run import Run, dry_run
+from support.start import go_on_from
 from vqkd import load_tokenizer
 
 
@@ -203,7 +204,10 @@ def train(args):
     train_set, val_set = open_images(args, run, tokenizer)
 
     seed_all(args.seed)
-    model = build(args, codes).to(run.device)
+    model = build(args, codes)
+    if args.init and not run.resumed:
+        run.print(go_on_from(args.init, model))
+    model.to(run.device)
     groups = param_groups(model.named_parameters(), args.weight_decay)
     optimizer = adamw(groups, (0.9, args.beta2), run.device)
     # The log states the loss of a uniform guess, ln K. The file states what later stages ask for.
@@ -347,6 +351,7 @@ def parse_args(argv=None):
     p = run_parser(__doc__)
     add = p.add_argument_group("pre-training").add_argument
     add("--tokenizer", type=Path, help="VQ-KD file, ours or released; default OUT/vqkd.pt")
+    add("--init", type=Path, help="go on from these pre-trained weights, ours or released")
     add("--early-layer", type=whole(1, 100), help="l: the shallow head gets its patches; base: 9")
     add("--head-depth", type=whole(0, 100), help="blocks of the shallow head; base: 2")
     add("--no-aggregation", action="store_true", help="train Eq. (3) alone, no shallow head")

@@ -116,6 +116,15 @@ def short(digest):
     return digest.hexdigest()[:12]
 
 
+def refuse_to_move(stage, args):
+    """UserError if --fresh would set aside a file that the run is to read."""
+    for name, path in vars(args).items():
+        own = isinstance(path, Path) and path.parent == args.out
+        if own and (stage == "vqkd" or path.name.startswith(f"{stage}.")):
+            raise UserError(f"--fresh would set {flag(name)} {path} aside, which this run is to "
+                            f"read: choose another --out")
+
+
 # --- then and now ---------------------------------------------------------------------------------
 def compare(was, now, args):
     """-> two lists of texts: inputs whose content changed, inputs that could not be compared

@@ -286,6 +286,8 @@ def find_resume_file(stage, args, process, **files):
     """
     # torchrun --max-restarts repeats the command. Then the files in OUT belong to this run.
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if args.fresh:
+        inputs.refuse_to_move(stage, args)
     if args.fresh and process.is_main and first_start:
         set_aside(stage, args.out)
     process.wait()

@@ -1,15 +1,21 @@
-"""The file that fine-tuning or segmentation starts from: which one, is it fit, what was used of it.
+"""The file that a stage starts from: which one, is it fit, what was used of it.
 
-    start_file       its name, as --init, --eval and --checkpoint say
+    start_file       fine-tuning, segmentation: its name, as --init, --eval and --checkpoint say
     read_start       its contents, compared with the flags
     start_backbone   the network
     describe_start   one sentence for the screen
+    go_on_from       pre-training: --init fills the network with the weights of a file
 """
+import re
 from pathlib import Path
 
 from model import PRESETS, ViT
 from support import weights
 from support.files import UserError
+from support.positions import TABLE, grid_of, resize_relative_table
+
+SHARED_TABLE = f"rel_pos_bias.{TABLE}"
+HEADS = r"(lm_head|cls_pt_\w+)\..*"      # of pre-training: over the codes, and the shallow head
 
 
 def start_file(args, stage):
@@ -86,7 +92,52 @@ def describe_start(args, report):
     """Where the weights come from, and which parts start afresh or are not used."""
     if report is None:
         return "random weights"
+    return describe(args.checkpoint, report)
+
+
+def describe(path, report):
     fresh = sorted({name.split(".")[0] for name in report.missing})
     unused = sorted({name.split(".")[0] for name in report.unexpected})
-    return (f"weights from {args.checkpoint} ({len(report.loaded)} tensors; "
-            f"fresh: {', '.join(fresh)}; unused: {', '.join(unused)})")
+    return (f"weights from {path} ({len(report.loaded)} tensors; "
+            f"fresh: {', '.join(fresh) or 'none'}; unused: {', '.join(unused) or 'none'})")
+
+
+# --- pre-training goes on -------------------------------------------------------------------------
+def go_on_from(path, model):
+    """Fill a network of stage 2 with the weights of a file, ours or released.  -> one sentence
+
+    The position table is resized to the model's grid. The head over the codes is kept if the file
+    has as many codes, the shallow head if it has the same blocks; otherwise they start afresh.
+    Raises UserError if the file is of no pre-training, or of another size.
+    """
+    checkpoint = weights.read(path, "give --init a file of pretrain.py, or a released one")
+    given = dict(checkpoint.weights)
+    if checkpoint.kind not in ("pretrain", "backbone") or SHARED_TABLE not in given:
+        raise UserError(f"--init {path} is of another stage ({checkpoint.kind}) or has other "
+                        f"positions: pre-training goes on from pre-trained weights")
+    heads = checkpoint.backbone["heads"]
+    if heads != model.heads:
+        raise UserError(f"--init {path} has {heads} attention heads, --model has {model.heads}: "
+                        f"give the --model it was made with")
+    grid = grid_of(checkpoint.backbone["image_size"], checkpoint.backbone["patch_size"])
+    given[SHARED_TABLE] = resize_relative_table(given[SHARED_TABLE], grid, model.grid)
+    own = model.state_dict()
+    for part in ("lm_head", "cls_pt_layers", "cls_pt_norm", "cls_pt_lm_head"):
+        shapes = [{name: tensor.shape for name, tensor in state.items()
+                   if name.startswith(f"{part}.")} for state in (own, given)]
+        if shapes[0] != shapes[1]:           # afresh
+            given = {name: v for name, v in given.items() if name not in shapes[0]}
+    may_miss = HEADS if checkpoint.kind == "pretrain" else rf"{HEADS}|mask_token|norm\..*"
+    needed = {name: v for name, v in own.items()
+              if name in given or not re.fullmatch(may_miss, name)}
+    used = {name: v for name, v in given.items() if name in own or not re.fullmatch(HEADS, name)}
+    weights.check(needed, checkpoint._replace(weights=used),
+                  "give the --model and --patch-size it was made with")
+    used = {name: v.float() for name, v in used.items()}
+    model.load_state_dict(used, strict=False)
+    report = weights.Report(list(used), own.keys() - used.keys(),
+                            checkpoint.weights.keys() - used.keys())
+    resized = ""
+    if grid != model.grid:
+        resized = f"; positions resized from {grid[0]}x{grid[1]} patches"
+    return describe(path, report) + resized
