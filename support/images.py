@@ -4,6 +4,7 @@
       InMemory      held as one array: Cifar here, Shapes in shapes.py
       Folder        picture files, read from disk when asked for
     read_image      any picture file -> (3, H, W) uint8 RGB
+    Photo           a JPEG of which only the size is known, decoded at full size or less
     find_images     the picture files below a folder
 
 A picture or folder that cannot be used is a UserError: one sentence that names it and the remedy.
@@ -47,14 +48,20 @@ class Images(Dataset):
     def __getitem__(self, key):
         """key: (epoch, index), or an index alone, of epoch 0. The label is -1 if there is none."""
         epoch, index = key if isinstance(key, tuple) else (0, int(key))
-        image = self.image(index)
-        if self.transform is not None:
+        if self.transform is None:
+            image = self.image(index)
+        else:
+            image = self.source(index)
             # torchvision draws from torch's generator, RandAugment from `random` and numpy. With
             # workers=0 these are the training loop's own, so it seeds itself after each batch.
             seed_all(self.seed, epoch, index)
             image = self.transform(image)
         label = -1 if self.labels is None else int(self.labels[index])
         return image, label
+
+    def source(self, index):
+        """What the transform is given: the image, or a Photo."""
+        return self.image(index)
 
     def title(self, index):
         """What a message calls this image."""
@@ -161,9 +168,12 @@ class Folder(Images):
     def image(self, index):
         return read_image(os.fsdecode(self.paths[index]))
 
+    def source(self, index):
+        return open_photo(os.fsdecode(self.paths[index]))
+
     def look(self, index):
         """Read image `index` only to see whether that goes well; UserError if not."""
-        read_image(os.fsdecode(self.paths[index]), draft=True)
+        read_image(os.fsdecode(self.paths[index]), s=8)
 
     def title(self, index):
         return shown(os.fsdecode(self.paths[index]))
@@ -205,55 +215,103 @@ def shown(path):
 
 
 @contextlib.contextmanager
-def open_picture(path, kind="image"):
-    """A picture file, opened by Pillow. Any error inside the block becomes one sentence."""
+def reading(path, kind="image"):
+    """Any error inside the block becomes one sentence that names the picture file."""
     from PIL import Image
     try:
         with warnings.catch_warnings():
             # A damaged note beside the pixels does not matter. More than 90 million pixels do.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
+            yield
     except Exception as error:               # a decoder may raise anything on a broken file
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the {kind} {shown(path)} ({reason}): "
                         f"remove it or replace it") from error
 
 
-def read_image(path, draft=False):
+@contextlib.contextmanager
+def open_picture(path, kind="image"):
+    """A picture file, opened by Pillow. Any error inside the block becomes one sentence."""
+    from PIL import Image
+    with reading(path, kind), Image.open(path, formats=FORMATS) as image:
+        yield image
+
+
+def read_image(path, s=1):
     """Any picture that Pillow reads -> (3, H, W) uint8 RGB, by one rule.
 
     The first frame; turned upright as its EXIF note says; 16 bits scaled to 8; transparency laid
     over white; all else (grey, palette, CMYK) as Pillow converts it to RGB.
-    draft: a JPEG comes at an eighth of its size, in a fifth of the time. What is broken in it shows
-    all the same.
+    s: a JPEG comes at 1/s of its size (2, 4 or 8), in less time. What is broken in it shows all the
+    same.
 
     Differs from the authors' loader, which drops transparency and shows the colour that lies below.
     """
-    from PIL import Image, ImageOps
     with open_picture(path) as image:
-        if draft:
-            image.draft(None, (1, 1))
-        image.load()
-        with contextlib.suppress(Exception):                 # a damaged note says nothing
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        if image.mode.startswith("I"):       # 16-bit grey. Pillow also calls 32 bits "I".
-            levels = np.asarray(image)
-            if levels.min() < 0 or levels.max() > 65535:
-                raise ValueError("its pixels are 32-bit numbers of unknown range")
-            image = Image.fromarray((levels / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            image = Image.alpha_composite(white, rgba)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        pixels = np.array(image)                             # (H, W, 3)
+        return pixels_of(image, s)
+
+
+def pixels_of(image, s=1):
+    """What read_image says, of an open picture."""
+    from PIL import Image, ImageOps
+    if s > 1:
+        width, height = image.size
+        image.draft(None, (max(1, width // s), max(1, height // s)))
+    image.load()
+    with contextlib.suppress(Exception):                     # a damaged note says nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.mode.startswith("I"):           # 16-bit grey. Pillow also calls 32 bits "I".
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its pixels are 32-bit numbers of unknown range")
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        image = Image.alpha_composite(white, rgba)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    pixels = np.array(image)                                 # (H, W, 3)
     # No copy: channels stay side by side in memory, which makes cropping faster.
     return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
+
+
+class Photo:
+    """A JPEG of which only the size is known yet: shape (3, H, W), upright.
+
+    So a transform can draw its window first, and then decode(s), once: (3, H / s, W / s) uint8,
+    rounded up. s is 1, 2, 4 or 8. A coarse pixel stands for s x s pixels, and takes less time.
+    Coarse pixels begin at the upper left of the photograph as it was taken. If the EXIF note turns
+    it, they may lie up to one of them off.
+    """
+
+    def __init__(self, path, image):
+        self.path = path
+        self.image = image                   # Pillow's, whose file is open
+        width, height = image.size
+        turn = 1
+        with contextlib.suppress(Exception):                 # a damaged note says nothing
+            turn = image.getexif().get(0x0112, 1)
+        on_its_side = turn in (5, 6, 7, 8)
+        self.shape = (3, width, height) if on_its_side else (3, height, width)
+
+    def decode(self, s=1):
+        with reading(self.path):
+            return pixels_of(self.image, s)
+
+
+def open_photo(path):
+    """-> a Photo if the picture is a JPEG, else its pixels"""
+    from PIL import Image
+    with reading(path):
+        image = Image.open(path, formats=FORMATS)
+        if image.format in ("JPEG", "MPO"):                  # MPO: more pictures lie behind it
+            return Photo(path, image)
+        with image:
+            return pixels_of(image)
 
 
 # --- finding pictures -----------------------------------------------------------------------------

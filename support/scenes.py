@@ -227,7 +227,7 @@ class SceneFolder(Scenes):
 
     def look(self, index):
         """Read a pair only to see whether it can be read. Its sizes and labels are not checked."""
-        read_image(os.fsdecode(self.paths[index]), draft=True)
+        read_image(os.fsdecode(self.paths[index]), s=8)
         with open_picture(os.fsdecode(self.targets[index]), "annotation") as picture:
             picture.load()
 

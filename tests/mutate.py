@@ -679,19 +679,22 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
     "support/transforms.py": [
         (
             "tokenizer gets another window",
-            "VF.resized_crop(image, **window,",
-            "VF.resized_crop(image, **self.window.make_params([image]),",
+            "view = VF.resize(pixels,",
+            "view = VF.resize(pixels.roll(size // 48 - 1, -1),",
         ),
         ("centre crop without a margin", "self.size * 256 // 224", "self.size"),
         ("erased before normalising", '= mean + std * box["v"]', '= box["v"]'),
-        ("jitter squares the factor", "x.mul_(factor).add_(", "x.mul_(factor * factor).add_("),
-        ("contrast around each pixel", "grey = grey.mean()", "pass"),
+        ("jitter squares the factor", "mul_(factor).add_(mean", "mul_(factor * factor).add_(mean"),
+        ("contrast around each pixel", ".add_(mean, alpha", ".add_(grey_of(part), alpha"),
         (
-            "jitter of the window alone",
-            "image = jitter(image, self.color_jitter)\n        return self.crop(self.flip(image))",
-            "return jitter(self.crop(self.flip(image)), self.color_jitter)\n"
-            "        return self.crop(self.flip(image))",
+            "contrast around the window's mean",
+            "jitter(pixels, whole, *drawn)",
+            "jitter(pixels, pixels, *drawn)",
         ),
+        ("mirrored images show another window", 'window["left"] = image.shape', "_ = image.shape"),
+        ("photographs decoded too coarsely", "2 * s * MARGIN * size", "2 * s * size"),
+        ("windows begin a coarse pixel late", 'round(window["left"] / s)',
+         'window["left"] // s + (s > 1)'),
         ("magnitudes mean other strengths", "translate_pct=0.45", "translate_pct=0.3"),
     ],
     "support/process.py": [

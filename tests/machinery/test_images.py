@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pictures import ODD_NAMES, fill, noise, photo, save, sentence
 from PIL import Image, ImageFile
 from torch._utils import ExceptionWrapper
@@ -21,7 +22,8 @@ from model import ViT
 from support import data, transforms
 from support.files import UserError
 from support.images import (
-    IMAGE_ENDINGS, find_images, open_class_folders, open_images, read_image, shown)
+    IMAGE_ENDINGS, Folder, Photo, find_images, open_class_folders, open_images, open_photo,
+    read_image, shown)
 from support.labels import columns_of
 from support.process import launch
 from support.scenes import SegmentTransform, open_scenes, read_labels
@@ -151,6 +153,40 @@ def test_a_damaged_exif_note_costs_neither_the_image_nor_a_warning(tmp_path):
             assert torch.equal(read_image(tmp_path / "a.jpg"), right)
 
 
+@pytest.mark.parametrize("height, width", [(61, 90), (64, 96), (17, 9), (1, 1)])
+@pytest.mark.parametrize("mode, options", [
+    ("RGB", dict(subsampling=0)), ("RGB", dict(subsampling=2)), ("RGB", dict(progressive=True)),
+    ("L", {}), ("CMYK", {}), ("RGB", dict(turn=6)), ("RGB", dict(turn=3)), ("RGB", dict(turn=7))])
+def test_a_photo_knows_its_size_and_comes_at_a_fraction_of_it(
+        tmp_path, mode, options, height, width):
+    note = Image.Exif()
+    note[0x0112] = options.get("turn", 1)
+    image = Image.fromarray(photo(height, width).permute(1, 2, 0).numpy()).convert(mode)
+    path = save(tmp_path / "a.jpg", image, quality=95, exif=note, **options)
+    whole = read_image(path).float()
+    for s in (1, 2, 4, 8):
+        opened = open_photo(path)
+        assert opened.shape == whole.shape
+        small = opened.decode(s)
+        means = F.avg_pool2d(whole, s, ceil_mode=True)
+        assert small.shape == means.shape and small.dtype == torch.uint8
+        if height == 64:                     # the coarse pixels of 61 x 90 may begin elsewhere
+            assert (small - means).abs().mean() < 1.5
+
+
+def test_only_a_jpeg_waits_to_be_decoded(tmp_path):
+    png = save(tmp_path / "a.png", noise())
+    named_wrongly = save(tmp_path / "b.jpg", noise(), format="png")
+    for path in (png, named_wrongly):
+        assert torch.equal(open_photo(path), read_image(path))
+    opened = open_photo(save(tmp_path / "c.jpg", noise()))
+    assert torch.equal(opened.decode(), read_image(tmp_path / "c.jpg"))
+    seen = []
+    for transform in (seen.append, None):
+        image, _ = Folder(str(tmp_path / "c.jpg"), None, transform, labelled=False)[0]
+    assert type(seen[0]) is Photo and torch.is_tensor(image)
+
+
 @pytest.mark.parametrize("value, kind, words", [
     (np.nan, np.float32, "floating-point"), (np.inf, np.float32, "floating-point"),
     (0.5, np.float32, "floating-point"), (70_000, np.int32, "32-bit"), (-1, np.int32, "32-bit")])
@@ -168,8 +204,8 @@ def test_a_truncated_image_is_one_sentence_in_a_full_and_in_a_quick_look(tmp_pat
     path = save(tmp_path / f"cut{ending}", noise(64, 64))
     contents = path.read_bytes()
     path.write_bytes(contents[:int(share * len(contents))])
-    for draft in (False, True):
-        text = sentence(read_image, path, draft=draft)
+    for s in (1, 8):
+        text = sentence(read_image, path, s=s)
         assert text.startswith(f"cannot read the image {path} (")
         assert text.endswith("remove it or replace it")
 
@@ -208,6 +244,9 @@ def test_an_unreadable_image_is_named_with_the_remedy_also_from_a_worker(tmp_pat
     broken.write_bytes(broken.read_bytes()[:800])            # cut off half-way
     with pytest.raises(UserError, match="broken.jpg"):
         read_image(broken)
+    for s in (1, 2, 4, 8):
+        with pytest.raises(UserError, match="broken.jpg"):
+            open_photo(broken).decode(s)
 
 
 # --- extreme sizes --------------------------------------------------------------------------------

@@ -1,18 +1,20 @@
 """What each stage does to an image: its windows, flips, colours and boxes; any size; torchvision's
 own functions give the same pixels wherever they stand in."""
+import functools
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import photo
+from pictures import photo, save
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 from model import IMAGENET_MEAN, IMAGENET_STD
 from support import data, transforms
+from support.images import open_photo, read_image
 from support.process import seed_all
 from support.scenes import SegmentTransform
 
@@ -69,7 +71,6 @@ def test_a_window_and_its_flip_are_torchvisions_to_the_last_bit(height, width):
     transforms.FinetuneTransform(48, (0.5, 1.0), None, 0.0)])
 def test_half_of_the_images_are_flipped(transform):
     assert 0.4 <= flipped_share(transform) <= 0.6
-    assert transform.flip.p == 0.5
 
 
 def test_half_of_the_scenes_are_flipped_with_their_labels():
@@ -108,47 +109,64 @@ def test_held_out_images_are_shown_to_backbone_and_tokenizer_as_to_all_other_sta
     assert torch.equal(one, views[0])
 
 
-def test_colour_jitter_acts_on_the_whole_image_before_the_crop(monkeypatch):
-    transform, seen = transforms.MIMTransform(16), []
+def plain_order(image, transform, seed, shake):
+    """Stage 2 as the recipe does it: colours of the whole image, then the flip, then the window."""
+    size, = transform.crop.sizes
+    seed_all(seed)
+    image = shake(image, *transforms.draw_jitter(0.4)).round().byte()
+    image = v2.RandomHorizontalFlip()(image)
+    window = transform.crop.draw(image)
+    return VF.resized_crop(image, **window, size=[size, size], **transforms.BICUBIC)
 
-    def watch(owner, name):
-        part = getattr(owner, name)
 
-        def watched(image, *how):
-            seen.append((name, tuple(image.shape), *how))
-            return part(image, *how)
-        monkeypatch.setattr(owner, name, watched)
+def of_whole(image, order, factors):
+    return transforms.jitter(image, image, order, factors)
 
-    watch(transforms, "jitter")
-    watch(transform, "crop")
-    transform(photo(60, 80))
-    assert seen == [("jitter", (3, 60, 80), 0.4), ("crop", (3, 60, 80))]
-    seen.clear()
-    transforms.MIMTransform(16, color_jitter=0)(photo(60, 80))
-    assert not seen
+
+def by_torchvision(image, order, factors):
+    """-> float32 in [0, 255]; torchvision does not round floats"""
+    adjust = VF.adjust_brightness, VF.adjust_contrast, VF.adjust_saturation
+    image = image / 255
+    for which in order:
+        image = adjust[which](image, factors[which])
+    return 255 * image
+
+
+@pytest.mark.parametrize("height, width", [(48, 48), (60, 80), (127, 100), (9, 90), (1, 1)])
+def test_a_window_shows_the_colours_of_the_whole_images_jitter_to_the_last_bit(height, width):
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    transform = transforms.MIMTransform(48)
+    for seed in range(40):
+        expected = plain_order(image, transform, seed, of_whole)
+        seed_all(seed)
+        assert torch.equal(transform(image), expected)
+
+
+def test_without_jitter_no_draw_is_made_for_it():
+    image, transform = photo(60, 80), transforms.MIMTransform(48, color_jitter=0)
+    theirs = v2.Compose([v2.RandomHorizontalFlip(), transforms.RandomCrop([48], (0.2, 1.0))])
+    for seed in range(20):
+        seed_all(seed)
+        expected = theirs(image)
+        seed_all(seed)
+        assert torch.equal(transform(image), expected)
 
 
 def test_colour_jitter_is_torchvisions_brightness_contrast_and_saturation_in_random_order():
-    adjust = VF.adjust_brightness, VF.adjust_contrast, VF.adjust_saturation
     orders = set()
     for seed in range(30):
         seed_all(seed)
         image = torch.randint(256, (3, 40, 50), dtype=torch.uint8)
         seed_all(seed)
-        order = torch.randperm(3).tolist()
-        factors = (1 + 0.4 * (2 * torch.rand(3) - 1)).tolist()
+        order, factors = transforms.draw_jitter(0.4)
         assert all(0.6 <= factor <= 1.4 for factor in factors)
-        want = image / 255                                   # torchvision does not round floats
-        for which in order:
-            want = adjust[which](want, factors[which])
         orders.add(tuple(order))
-        seed_all(seed)
-        got = transforms.jitter(image, 0.4)
+        got = of_whole(image, order, factors)
         assert got.dtype == torch.uint8
-        torch.testing.assert_close(got.float(), 255 * want, atol=0.55, rtol=0)
+        want = by_torchvision(image, order, factors)
+        torch.testing.assert_close(got.float(), want, atol=0.55, rtol=0)
         channels_last = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        seed_all(seed)
-        assert torch.equal(transforms.jitter(channels_last, 0.4), got)
+        assert torch.equal(of_whole(channels_last, order, factors), got)
     assert len(orders) == 6
 
 
@@ -157,9 +175,121 @@ def test_colour_jitter_never_changes_the_hue_of_a_picture_or_the_image_it_was_gi
     image[0], image[1], image[2] = 140, 110, 80              # orange: green between blue and red
     for seed in range(20):
         torch.manual_seed(seed)
-        r, g, b = transforms.jitter(image, 0.4)[:, 0, 0].tolist()
+        r, g, b = of_whole(image, *transforms.draw_jitter(0.4))[:, 0, 0].tolist()
         assert r > g > b and abs((r - g) - (g - b)) <= 2
     assert image[0].eq(140).all() and image[1].eq(110).all()
+
+
+# --- photographs, decoded as far as needed --------------------------------------------------------
+def leaves(height, width, count=400, seed=0):
+    """A picture (H, W, 3) of discs that hide one another: sharp edges at all scales, as in a photo.
+
+    Radii r have the density r^-3, as things have that are seen from all distances.
+    """
+    draw = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 128.0)
+    for _ in range(count):
+        radius = min(width / 4, width / 150 / np.sqrt(draw.random()))
+        x, y = draw.random() * width, draw.random() * height
+        rows = np.arange(max(0, int(y - radius)), min(height, int(y + radius) + 2))
+        columns = np.arange(max(0, int(x - radius)), min(width, int(x + radius) + 2))
+        inside = (rows[:, None] - y) ** 2 + (columns - x) ** 2 < radius ** 2
+        colour = draw.normal(120, 60) + draw.normal(0, 25, 3)
+        pixels[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1][inside] = colour
+    pixels += draw.normal(0, 3, pixels.shape)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """{width: a JPEG of width x 3/4 width}"""
+    folder = tmp_path_factory.mktemp("photographs")
+    sizes = {500: 375, 1500: 1125}
+    return {width: save(folder / f"{width}.jpg", Image.fromarray(leaves(height, width)), quality=92)
+            for width, height in sizes.items()}
+
+
+def differences(transform, path, expected, seeds=16):
+    """A Photo's views against expected(seed), in levels of 255.
+
+    -> the mean absolute difference, the share of values that differ by more than 3
+    """
+    found = []
+    for seed in range(seeds):
+        view = expected(seed).float()
+        seed_all(seed)
+        found.append((transform(open_photo(path)) - view).abs())
+    found = torch.stack(found)
+    return found.mean().item(), (found > 3).float().mean().item()
+
+
+def on_coarse_pixels(monkeypatch):
+    """Windows that are drawn from now on have edges that no decoding has to round."""
+    draw = transforms.RandomCrop.draw
+
+    def drawn(crop, image):
+        return {edge: at // 8 * 8 for edge, at in draw(crop, image).items()}
+
+    monkeypatch.setattr(transforms.RandomCrop, "draw", drawn)
+
+
+@pytest.mark.parametrize("width, rounded, mean, share", [
+    (500, True, 0.06, 0), (1500, False, 0.7, 0.03), (1500, True, 2.0, 0.15)])
+def test_a_photographs_view_is_nearly_that_of_the_plain_order(
+        photographs, monkeypatch, width, rounded, mean, share):
+    if not rounded:
+        on_coarse_pixels(monkeypatch)
+    image, transform = read_image(photographs[width]), transforms.MIMTransform(224)
+
+    def expected(seed):
+        return plain_order(image, transform, seed, by_torchvision)
+
+    found = differences(transform, photographs[width], expected)
+    assert found[0] < mean and found[1] <= share
+
+
+@pytest.mark.parametrize("width, rounded, mean, share", [
+    (500, True, 0, 0), (1500, False, 0.7, 0.03), (1500, True, 2.2, 0.17)])
+@pytest.mark.parametrize("make", [
+    transforms.VQKDTransform, functools.partial(transforms.FinetuneTransform, randaugment=None,
+                                                erasing=0.0)])
+def test_a_window_of_a_photograph_is_nearly_that_of_its_pixels(
+        photographs, monkeypatch, make, width, rounded, mean, share):
+    if not rounded:
+        on_coarse_pixels(monkeypatch)
+    image, transform = read_image(photographs[width]), make(224)
+
+    def expected(seed):
+        seed_all(seed)
+        return transform(image)
+
+    found = differences(transform, photographs[width], expected)
+    assert found[0] <= mean and found[1] <= share
+
+
+def test_a_photograph_is_decoded_no_further_than_its_window_needs(photographs):
+    for side, s in [(335, 1), (336, 2), (671, 2), (672, 4), (1100, 4)]:
+        window = dict(top=5, left=9, height=side, width=side)
+        pixels, whole = transforms.cut(open_photo(photographs[1500]), window, 112)
+        assert whole.shape == (3, -(-1125 // s), -(-1500 // s))
+        top, left = where(pixels, whole)
+        assert abs(top - 5 / s) <= 0.5 and abs(left - 9 / s) <= 0.5
+        assert abs(top + pixels.shape[1] - (5 + side) / s) <= 0.5
+        assert abs(left + pixels.shape[2] - (9 + side) / s) <= 0.5
+
+
+def where(part, whole):
+    """-> row and column of `whole`, whose channels lie side by side, where `part` begins"""
+    return divmod((part.storage_offset() - whole.storage_offset()) // 3, whole.shape[2])
+
+
+def test_evaluation_of_a_photograph_is_that_of_its_pixels(photographs):
+    plain, both = transforms.EvalTransform(224), transforms.MIMEvalTransform(224, 112)
+    for path in photographs.values():
+        image = read_image(path)
+        assert torch.equal(plain(open_photo(path)), plain(image))
+        for ours, expected in zip(both(open_photo(path)), both(image), strict=True):
+            assert torch.equal(ours, expected)
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
