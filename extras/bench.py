@@ -38,14 +38,15 @@ from torch.utils._pytree import tree_leaves
 import pretrain
 import vqkd
 from extras import plan
+from extras.loaders import compare_loaders, write_pictures
 from extras.operations import counted, operations, sizes
 from extras.plain import plain
 from extras.steps import STEPS, timm_step
-from model import IMAGENET_MEAN, IMAGENET_STD, PRESETS
+from model import PRESETS
 from support import data, transforms
 from support.args import Parser, number, whole
 from support.files import ROOT, UserError
-from support.images import Folder, open_photo
+from support.images import Folder
 from support.process import Process, join_processes, launch
 
 CPU_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -324,67 +325,6 @@ def images_per_second(dataset, now):
         dataset[(1, seen % len(dataset))]
         seen += 1
     return seen / (now() - begin)
-
-
-def on_pillow(path, finish):
-    """Pre-training's two views as torchvision makes them, in bytes, of a Pillow image."""
-    from PIL import Image
-    from torchvision.transforms import v2
-    from torchvision.transforms.v2 import functional as VF
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    image = v2.ColorJitter(0.4, 0.4, 0.4)(image)
-    image = v2.RandomHorizontalFlip()(image)
-    window = v2.RandomResizedCrop(224, (0.2, 1.0)).make_params([image])
-    views = [VF.resized_crop(image, **window, size=[size, size], interpolation=3)
-             for size in (224, 112)]
-    return [finish(view) for view in views]
-
-
-def normalised(image):
-    """What the authors' loader makes of a view: float32, mean and std taken off."""
-    from torchvision.transforms.v2 import functional as VF
-    pixels = VF.to_dtype(VF.pil_to_tensor(image), torch.float32, scale=True)
-    return VF.normalize(pixels, list(IMAGENET_MEAN), list(IMAGENET_STD))
-
-
-def compare_loaders(repeats, now, tell):
-    """Pre-training's two views of JPEGs of three sizes: ours and two other loaders, in turn."""
-    from torchvision.transforms.v2 import functional as VF
-    ours = transforms.MIMTransform(224, 112)
-    loaders = {"ours": lambda path: ours(open_photo(path)),
-               "torchvision": functools.partial(on_pillow, finish=VF.pil_to_tensor),
-               "the authors' steps": functools.partial(on_pillow, finish=normalised)}
-    for width, height, count in ((500, 375, 16), (1500, 1125, 8), (4000, 3000, 2)):
-        seconds = {name: [] for name in loaders}
-        with tempfile.TemporaryDirectory() as folder:
-            write_pictures(Path(folder), count, height, width)
-            for repeat in range(repeats + 1):                # the first round warms up
-                for name, load in loaders.items():
-                    torch.manual_seed(repeat)
-                    begin = now()
-                    for path in sorted(Path(folder).iterdir()):
-                        load(path)
-                    seconds[name].append((now() - begin) / count)
-        facts = {}
-        for name, times in seconds.items():
-            ratios = [theirs / t for theirs, t in zip(times, seconds["ours"], strict=True)]
-            facts[name] = 1 / statistics.median(times[1:]), statistics.median(ratios[1:])
-            tell(stage="loader", name=f"{width} x {height}, {name}", images_per_s=facts[name][0],
-                 ours_is_faster=facts[name][1])
-        print(f"two views, {width:4} x {height:4}: " + ", ".join(
-            f"{name} {rate:.1f} images/s ({ratio:.2f} x)" for name, (rate, ratio) in facts.items()))
-
-
-def write_pictures(folder, count, height=375, width=500):
-    """JPEGs, of ImageNet's usual size: smooth with some noise, so that a file is about as long."""
-    from PIL import Image
-    for i in range(count):
-        coarse = torch.rand(1, 3, 12, 16)
-        smooth = F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
-        image = smooth + 0.04 * torch.randn(1, 3, height, width)
-        pixels = (255 * image[0].clamp(0, 1)).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{i:03}.jpg", quality=92)
 
 
 def bench_startup(args, device, tell):

@@ -1,17 +1,21 @@
 """The operation counts, the plain versions beside ours, the plan's arithmetic, the command."""
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import model
 import vqkd
 from conftest import stage
-from extras import bench, operations, plain, plan, steps
+from extras import bench, loaders, operations, plain, plan, steps
 from model import Attention, ViT
 from pretrain import BEiT, hidden_patches
+from support import transforms
 from support.files import UserError
+from support.images import open_photo
 from support.process import Process
 
 ARGS = SimpleNamespace(batch_size=2, compile=False, checkpoint_activations=False)
@@ -171,6 +175,32 @@ def test_memory_held_is_that_of_the_tensors_that_exist_at_one_time():
         del y, z
         z = x.double()                                       # 8000
     assert held.peak == held.now == z.nbytes == 8000
+
+
+def test_loaders_are_timed_in_turn_on_the_same_pictures(capsys):
+    told = []
+    loaders.compare_loaders(1, time.perf_counter, lambda **facts: told.append(facts), [(60, 40, 2)])
+    assert [row["name"] for row in told] == [
+        "60 x 40, ours", "60 x 40, torchvision", "60 x 40, the authors' steps"]
+    assert told[0]["ours_is_faster"] == 1
+    for row in told[1:]:                     # one repeat: the ratio is that of the rates
+        expected = told[0]["images_per_s"] / row["images_per_s"]
+        assert row["ours_is_faster"] == pytest.approx(expected)
+    assert "two views of 60 x 40" in capsys.readouterr().out
+
+
+def test_the_other_loaders_show_what_ours_shows(tmp_path):
+    loaders.write_pictures(tmp_path, 1)
+    path = tmp_path / "000.jpg"
+    ours = transforms.MIMTransform(*loaders.SIZES, scale=(1.0, 1.0), color_jitter=0)
+    theirs = loaders.OnPillow(pil_to_tensor)
+    theirs.colours = lambda image: image
+    theirs.window.scale = (1.0, 1.0)
+    torch.manual_seed(0)
+    views = ours(open_photo(path))
+    torch.manual_seed(0)
+    for view, other in zip(views, theirs(path), strict=True):
+        assert (view.int() - other.int()).abs().float().mean() < 0.5
 
 
 def test_the_plan_on_an_example_worked_by_hand():
