@@ -33,7 +33,7 @@ def start(folder, *words):
 @pytest.mark.slow
 def test_a_job_at_its_time_limit_saves_asks_for_the_queue_and_goes_on_there(tmp_path):
     out = tmp_path / "run"
-    flags = ["vqkd.py", "--out", out, "--steps", 400, "--continuous-steps", 1, "--limit", 320,
+    flags = ["vqkd.py", "--out", out, "--steps", 150, "--continuous-steps", 1, "--limit", 320,
              "--log-every", 5, "--device", "cpu"]
     job = start(tmp_path, *flags)
     log = out / "vqkd.jsonl"
@@ -52,5 +52,5 @@ def test_a_job_at_its_time_limit_saves_asks_for_the_queue_and_goes_on_there(tmp_
     text, _ = job.communicate(timeout=400)
     assert job.returncode == 0, text
     steps = [line["step"] for line in log_lines(log) if "lr" in line]
-    assert steps == sorted(set(steps)) and steps[-1] == 399 > stopped_at
+    assert steps == sorted(set(steps)) and steps[-1] == 149 > stopped_at
     assert (tmp_path / "asked").read_text() == "requeue 7\n"     # not a second time
