@@ -1,6 +1,6 @@
 """The child process of a grading: tests of one function, with writing and network fenced off.
 
-    python -m assignments.child FILE::FUNCTION TEST [TEST ...]     # in a copy of the project
+    python -m assignments.child FILE::FUNCTION WORDS_FOR_PYTEST ...    # in a copy of the project
 
 The copy lies in a folder of its own, and report.jsonl is written beside it: a line per test that
 failed, a line if the fence was touched, and a line at the end. If that last line is missing, the
@@ -89,12 +89,12 @@ def fence(folder, report):
     sys.addaudithook(watch)
 
 
-def main(name, tests):
+def main(name, words):
     project = Path.cwd()
     folder = Path(os.path.realpath(project.parent))
     report = Report(folder / "report.jsonl")
     fence(folder, report)
-    code = pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "--maxfail=4", *tests],
+    code = pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", "--maxfail=4", *words],
                        plugins=[report])
     if report.failed:
         answers = io.BytesIO()

@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import sys
@@ -56,14 +57,15 @@ def handout(assignment, out):
         for path in out.glob(pattern):
             path.unlink()
     for name, task in TASKS[assignment].items():
-        file, _, function = name.partition("::")
-        message = f"{assignment}: write {function}"
-        text = (out / file).read_text()
-        (out / file).write_text(blank(text, find(ast.parse(text), function), message))
+        message = f"{assignment}: write {name.partition('::')[2]}"
+        for place in [name, *task.twins.split()]:
+            file, _, function = place.partition("::")
+            text = (out / file).read_text()
+            (out / file).write_text(blank(text, find(ast.parse(text), function), message))
         for copy in [*out.glob("extras/*.py"), *out.glob("results/*.py")]:
-            blank_namesakes(copy, function, message)
-        for test in task.answers.split():
-            take_out_test(out, test)
+            blank_namesakes(copy, name.partition("::")[2], message)
+        for tests in out.glob("tests/**/*.py") if task.tells else []:
+            tests.write_text(without_answers(tests.read_text(), task.tells))
     shutil.copy(ROOT / "assignments" / f"{assignment}.md", out / "ASSIGNMENT.md")
     functions = ", ".join(name.partition("::")[2] for name in TASKS[assignment])
     (out / "AGENTS.md").write_text(AGENTS.format(functions=functions))
@@ -90,14 +92,15 @@ def blank_namesakes(path, function, message):
         path.write_text(blank(text, written[0], message))
 
 
-def take_out_test(out, name):
-    """Replace a test whose text holds the answer by a line that says so."""
-    file, _, function = name.partition("::")
-    path = out / f"tests/test_{file}.py"
-    lines = path.read_text().splitlines()
-    first, last = lines_of(find(ast.parse(path.read_text()), function))
-    lines[first:last] = [f"# {function}:", "# the grader runs this test; its text gives the answer"]
-    path.write_text("\n".join(lines) + "\n")
+def without_answers(text, tells):
+    """The text of a file of tests; a line stands for each test that gives the answer away."""
+    lines = text.splitlines()
+    tree = ast.parse(text)
+    for node in reversed(tree.body):
+        first, last = lines_of(node) if isinstance(node, ast.FunctionDef) else (0, 0)
+        if last and re.search(tells, "\n".join(lines[first:last])):
+            lines[first:last] = [f"# {node.name}:", "# not here, as its text gives the answer"]
+    return "\n".join(lines) + "\n"
 
 
 # --- grade ----------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def grade_function(name, task, text, seconds=SECONDS):
         copy = Path(place) / "project"
         copy_project(copy, CODE + CHILD)
         (copy / file).write_text(project_file)
-        code = run_child(copy, ["assignments.child", name, *task.test_names()], seconds)
+        code = run_child(copy, ["assignments.child", name, *task.pytest()], seconds)
         judge(mark, Path(place), code, seconds)
     mark.seconds = time.monotonic() - begin
     return mark

@@ -42,6 +42,13 @@ def test_aggregation_gives_gradients_to_cls_of_layer_L_and_to_the_patches_of_lay
     assert early.grad[:, 0].abs().sum() == 0     # layer l's own [CLS] is not read
 
 
+def test_aggregation_leaves_both_layers_as_they_are():
+    last, early = torch.randn(2, 10, 8), torch.randn(2, 10, 8)
+    before = last.clone(), early.clone()
+    aggregate(last, early)
+    assert torch.equal(last, before[0]) and torch.equal(early, before[1])
+
+
 @pytest.mark.parametrize("block", [0, 1, 2, 3])
 def test_the_second_loss_alone_trains_all_blocks_those_after_layer_l_through_cls(block):
     model, (x, mask) = tiny(), batch()
@@ -64,6 +71,12 @@ def test_layer_l_counts_from_one():
     for block in model.cls_pt_layers:
         s = block(s, model.relative_position_index, model.shared_bias())
     torch.testing.assert_close(model.streams(x, mask)[1], s)
+
+
+def test_the_stream_of_the_last_layer_comes_before_the_final_norm():
+    model, (x, mask) = tiny().eval(), batch()
+    torch.nn.init.normal_(model.norm.weight)                 # so that it shows
+    torch.testing.assert_close(model.streams(x, mask)[0], model.features(x, [3], mask)[0])
 
 
 def test_the_shallow_head_names_hidden_patches_with_the_shared_positions_norm_and_code_head():

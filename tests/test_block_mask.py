@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from pretrain import masked_views, sample_block_mask
+from pretrain import hidden_patches, masked_views, sample_block, sample_block_mask
 from support import data
 
 
@@ -109,3 +109,49 @@ def test_blocks_are_as_often_tall_as_flat():
     beside = masks[:, :, 1:] & masks[:, :, :-1]
     # A mask has about 63 of each. With a uniform aspect they would differ by 4.
     assert abs(above.sum() - beside.sum()) / 600 < 0.8
+
+
+def test_a_block_has_on_average_the_area_that_was_drawn_and_any_place():
+    random.seed(0)
+    empty = [[False] * 14 for _ in range(14)]
+    blocks = [sample_block(empty, 36, 36) for _ in range(400)]
+    assert abs(sum(map(len, blocks)) / 400 - 36) < 2.5       # cut off, not rounded: 31
+    for axis in (0, 1):
+        places = [cell[axis] for block in blocks for cell in block]
+        assert min(places) == 0 and max(places) == 13        # up to the last row and column
+
+
+def test_the_area_of_a_block_lies_anywhere_between_the_smallest_and_what_remains():
+    random.seed(0)
+    empty = [[False] * 30 for _ in range(30)]
+    areas = torch.tensor([float(len(sample_block(empty, 100, 20))) for _ in range(400)])
+    assert abs(areas.mean() - 60) < 5
+    assert areas.min() < 25 and areas.max() > 90
+
+
+def test_a_block_that_does_not_fit_is_drawn_again_up_to_ten_times():
+    half = [[x < 3 for x in range(6)] for _ in range(6)]
+    random.seed(0)
+    touching = 0
+    for _ in range(200):                                     # 4 patches in a 2 x 2, 1 x 3 or 3 x 1
+        block = set(sample_block(half, 4, 4))
+        touching += all({(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & block or len(block) == 1
+                        for y, x in block)
+    assert touching > 190
+
+
+def test_hidden_patches_are_the_places_of_a_mask_image_by_image_and_rising():
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    places = torch.tensor([[1, 5, 6], [0, 2, 15], [3, 4, 11]])
+    mask.scatter_(1, places, True)
+    hidden = hidden_patches(mask)
+    assert hidden.shape == (3, 3)                            # a row per image
+    assert torch.equal(hidden, places)                       # patches counted from 0, without [CLS]
+    z = torch.randint(0, 99, (3, 16))
+    assert torch.equal(z.gather(1, hidden).flatten(), z[mask])
+
+
+def test_images_that_hide_different_numbers_of_patches_are_refused():
+    for rows in ([[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]):
+        with pytest.raises(ValueError):
+            hidden_patches(torch.tensor(rows) > 0)

@@ -124,6 +124,46 @@ def test_dead_codes_restart_at_current_vectors_and_living_ones_stay():
         assert (h.flatten(0, 1) == after[k]).all(dim=1).any() and book.cluster_size[k] == 1
 
 
+def book_with_use(*use):
+    book = vqkd.Codebook(len(use), 4)
+    book.embedding.weight.copy_(vqkd.l2(torch.randn(len(use), 4)))
+    book.cluster_size.copy_(torch.tensor(use))
+    return book
+
+
+def test_every_dead_code_gets_a_vector_of_its_own():
+    for _ in range(20):
+        book, h = book_with_use(0.0, 9.0, 0.0, 0.0), vqkd.l2(torch.randn(2, 2, 4))
+        restart_dead_codes(book, h, Process())
+        assert len(book.embedding.weight[[0, 2, 3]].unique(dim=0)) == 3
+
+
+def test_a_restarted_code_counts_as_used_once_and_the_use_of_others_stays():
+    book = book_with_use(5.0, 0.0, 3.0, 0.01)
+    restart_dead_codes(book, vqkd.l2(torch.randn(2, 10, 4)), Process())
+    torch.testing.assert_close(book.cluster_size, torch.tensor([5.0, 1.0, 3.0, 1.0]))
+    assert restart_dead_codes(book, vqkd.l2(torch.randn(2, 10, 4)), Process()) == 0
+
+
+def test_the_threshold_says_what_is_dead():
+    book = book_with_use(5.0, 0.0, 3.0, 1.5)
+    assert restart_dead_codes(book, vqkd.l2(torch.randn(1, 9, 4)), Process(), threshold=2.0) == 2
+
+
+def test_with_fewer_vectors_than_dead_codes_only_so_many_restart():
+    book = book_with_use(0.0, 0.0, 0.0, 0.0, 1.0)
+    before, h = book.embedding.weight.clone(), vqkd.l2(torch.randn(1, 2, 4))
+    assert restart_dead_codes(book, h, Process()) == 2
+    assert (book.embedding.weight != before).any(dim=1).sum() == 2
+
+
+def test_all_processes_receive_the_restarted_codes():
+    book, sent = book_with_use(0.0, 1.0), []
+    restart_dead_codes(book, vqkd.l2(torch.randn(1, 9, 4)),
+                       types.SimpleNamespace(broadcast=lambda x: sent.append(x.clone())))
+    assert len(sent) == 1 and torch.equal(sent[0], book.embedding.weight)
+
+
 @pytest.mark.parametrize("every, due", [(0, []), (3, [0, 3, 6]), (5, [0, 5])])
 def test_dead_codes_restart_every_so_many_steps_in_the_first_80_percent(every, due, monkeypatch):
     run = types.SimpleNamespace(device=torch.device("cpu"), total_steps=10)

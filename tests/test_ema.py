@@ -20,6 +20,17 @@ def test_code_sums_equal_the_one_hot_product():
     assert torch.equal(counts, one_hot.sum(0))
 
 
+def test_sums_and_counts_are_float32_and_keep_no_graph():
+    h, z = torch.randn(4, 50, 8), torch.randint(0, 3, (4, 50))
+    for vectors in (h.clone().requires_grad_(), h.bfloat16()):
+        sums, counts = code_sums(vectors, z, 10)
+        assert sums.dtype == counts.dtype == torch.float32
+        assert not sums.requires_grad
+        exact = F.one_hot(z.flatten(), 10).double().T @ vectors.detach().double().flatten(0, 1)
+        torch.testing.assert_close(sums.double(), exact, atol=1e-4, rtol=1e-4)
+        assert len(counts) == 10                             # codes that nobody chose have a 0
+
+
 def test_unused_codes_stay_and_all_codes_stay_unit_vectors():
     book = l2(torch.randn(10, 8))
     z = torch.tensor([0, 0, 3])
@@ -34,6 +45,31 @@ def test_how_often_a_code_was_chosen_plays_no_part():
     once = ema_update(book, *code_sums(h, torch.tensor([2]), 4), 0.99)
     often = ema_update(book, *code_sums(h.expand(50, 8), torch.full((50,), 2), 4), 0.99)
     torch.testing.assert_close(once, often)
+
+
+def test_the_average_is_of_two_directions_and_not_vqvaes_mean_weighted_by_counts():
+    book = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    h = torch.tensor([[0.6, 0.8], [0.6, -0.8], [0.0, 1.0]])  # two that disagree: a short mean
+    moved = ema_update(book.flip(0), *code_sums(h, torch.tensor([0, 0, 0]), 2), decay=0.5)
+    # The mean of these three is (0.4, 1/3), and its direction (0.768, 0.640).
+    direction = torch.tensor([1.2, 1.0]) / math.hypot(1.2, 1.0)
+    halfway = (book[1] + direction) / (book[1] + direction).norm()
+    torch.testing.assert_close(moved[0], halfway)
+    assert torch.equal(moved[1], book[0])
+
+
+def test_unused_codes_do_not_vanish_when_decay_is_0():
+    book = l2(torch.randn(5, 8))
+    sums, counts = code_sums(l2(torch.randn(3, 8)), torch.tensor([1, 1, 4]), 5)
+    moved = ema_update(book, sums, counts, decay=0.0)
+    assert torch.equal(moved[[0, 2, 3]], book[[0, 2, 3]])
+
+
+def test_the_codebook_that_is_handed_in_is_left_alone():
+    book = l2(torch.randn(5, 8))
+    before = book.clone()
+    ema_update(book, *code_sums(l2(torch.randn(30, 8)), torch.randint(0, 5, (30,)), 5), 0.5)
+    assert torch.equal(book, before)
 
 
 def test_decay_0_jumps_to_the_mean_direction_and_decay_1_stands_still():
@@ -91,6 +127,24 @@ def test_kmeans_is_ten_rounds_of_the_nearest_centre_and_the_normalised_mean():
     assert counts.sum() == 300
 
 
+def test_kmeans_makes_as_many_rounds_as_it_is_asked_for():
+    x, centres = l2(torch.randn(300, 3)), l2(torch.randn(8, 3))
+    assert not torch.equal(kmeans(x, centres, 1)[0], kmeans(x, centres, 2)[0])
+    one_by_one = centres
+    for rounds in (1, 2, 3, 4):
+        one_by_one, counts = kmeans(x, one_by_one, 1)
+        found, counts_of_last = kmeans(x, centres, rounds)
+        torch.testing.assert_close(found, one_by_one)
+        assert torch.equal(counts_of_last, counts)
+
+
+def test_kmeans_leaves_vectors_and_start_alone():
+    x, centres = l2(torch.randn(60, 3)), l2(torch.randn(8, 3))
+    before = x.clone(), centres.clone()
+    kmeans(x, centres)
+    assert torch.equal(x, before[0]) and torch.equal(centres, before[1])
+
+
 def test_the_first_codes_are_drawn_once_each_from_unit_vectors_of_different_images(monkeypatch):
     args, seen = vqkd.parse_args(["--codes", "100", "--encoder-depth", "1", "--amp", "no"]), []
 
@@ -128,6 +182,23 @@ def test_perplexity_is_the_number_of_equally_used_codes(counts, used, perplexity
     assert usage["codes_used"] == used and usage["dead_codes"] == 4 - used
     assert usage["perplexity"] == pytest.approx(perplexity)
     assert usage["entropy"] == pytest.approx(math.log(perplexity))
+
+
+def test_usage_without_any_vector_divides_nothing_by_zero():
+    usage = codebook_usage(torch.zeros(4))
+    assert usage["codes_used"] == 0 and usage["dead_codes"] == 4
+    assert usage["entropy"] == 0 and usage["top10_share"] == 0
+
+
+def test_entropy_is_in_nats_and_unused_codes_add_nothing_to_it():
+    usage = codebook_usage(torch.tensor([3.0, 1.0, 0.0]))
+    assert usage["entropy"] == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))
+    assert usage["perplexity"] == pytest.approx(4 / 3 ** 0.75)
+
+
+def test_the_commonest_ten_are_found_wherever_they_stand():
+    rare, common = torch.full((10,), 1.0), torch.full((10,), 9.0)
+    assert codebook_usage(torch.cat([rare, common]))["top10_share"] == pytest.approx(90)
 
 
 def test_the_codebook_is_no_parameter_of_the_optimiser():

@@ -72,6 +72,19 @@ def test_soft_cross_entropy_is_label_smoothing_where_nothing_is_mixed():
                                F.cross_entropy(logits, labels, label_smoothing=0.1))
 
 
+def test_soft_cross_entropy_of_bfloat16_logits_is_computed_in_float32():
+    logits, targets = (20 * torch.randn(40, 5)).bfloat16(), torch.randn(40, 5).softmax(dim=1)
+    loss = soft_cross_entropy(logits, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, soft_cross_entropy(logits.float(), targets))
+
+
+def test_soft_cross_entropy_of_a_confident_mistake_is_large_and_finite():
+    logits = torch.tensor([[1000.0, 0.0, 0.0]])
+    targets = smooth_targets(torch.tensor([1]), 3, 0.0)
+    assert soft_cross_entropy(logits, targets).item() == pytest.approx(1000)
+
+
 @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_targets_are_mixed_exactly_as_much_as_the_pixels_are(alphas):
     pytest.importorskip("timm")

@@ -1,4 +1,6 @@
 """linprobe.py: a probe measures the features and nothing else."""
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -256,6 +258,16 @@ def test_accuracy_counts_in_percent_and_more_guesses_never_hurt():
     assert top1.shape == (2, 3) and (top5 >= top1).all()
 
 
+def test_accuracy_of_a_grid_of_heads_is_that_of_each_head():
+    logits, labels = torch.randn(30, 2, 3, 7), torch.randint(0, 7, (30,))
+    for k in (1, 2):
+        grid = accuracy(logits, labels, k)
+        assert grid.shape == (2, 3)
+        for i in range(2):
+            for j in range(3):
+                assert grid[i, j] == accuracy(logits[:, i, j], labels, k)
+
+
 def test_held_out_images_are_a_tenth_and_take_no_part_in_fitting():
     fit, held = hold_out(105, seed=1)
     assert len(held) == 10 and sorted(torch.cat([fit, held]).tolist()) == list(range(105))
@@ -306,6 +318,25 @@ def test_knn_neighbours_vote_with_the_weight_of_their_cosine():
     expected = torch.tensor([[1 / 0.07, 0.6 / 0.07]]).exp() * torch.tensor([1.0, 2.0])
     torch.testing.assert_close(scores, expected)
     assert scores.argmax() == 0                              # one close one outweighs two distant
+
+
+def test_knn_goes_by_the_angle_however_long_the_vectors_are():
+    bank, labels = torch.randn(40, 6), torch.randint(0, 3, (40,))
+    queries = torch.randn(9, 6)
+    scores = knn(bank, labels, queries, k=5, classes=3)
+    assert scores.shape == (9, 3)
+    for a, b in ((bank * torch.linspace(0.1, 9, 40)[:, None], queries), (bank, 7 * queries)):
+        torch.testing.assert_close(knn(a, labels, b, k=5, classes=3), scores, rtol=1e-4, atol=0.1)
+
+
+def test_knn_with_more_neighbours_than_images_lets_all_of_them_vote_at_any_temperature():
+    bank, labels = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, 2, 2])
+    queries = torch.randn(3, 4)
+    cosine = nn.functional.cosine_similarity(queries[:, None], bank, dim=-1)
+    votes = [[sum(math.exp(cosine[i, j] / 0.5) for j in range(6) if labels[j] == c)
+              for c in range(3)] for i in range(3)]
+    scores = knn(bank, labels, queries, k=20, classes=3, temperature=0.5)
+    torch.testing.assert_close(scores, torch.tensor(votes))
 
 
 # --- whole probes ---------------------------------------------------------------------------------

@@ -53,6 +53,20 @@ def test_without_the_shallow_head_its_loss_is_zero():
     assert loss_cls == 0
 
 
+def test_what_is_only_logged_keeps_no_graph():
+    logits = torch.randn(5, 8, requires_grad=True)
+    loss, parts = mim_loss(logits, logits, torch.randint(0, 8, (5,)))
+    assert loss.requires_grad
+    assert not any(part.requires_grad for part in parts)
+
+
+def test_the_loss_of_bfloat16_logits_is_computed_in_float32():
+    logits, z = (30 * torch.randn(50, 8)).bfloat16(), torch.randint(0, 8, (50,))
+    loss, parts = mim_loss(logits, logits, z)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, mim_loss(logits.float(), logits.float(), z)[0])
+
+
 def test_untrained_model_is_as_good_as_a_uniform_guess():
     model = BEiT(32, 8, 32, 4, 4, 64, early_layer=2, head_depth=2)
     mask = torch.zeros(3, 16, dtype=torch.bool)

@@ -25,6 +25,31 @@ def test_commitment_pulls_the_vector_to_the_code_and_not_the_code_to_the_vector(
     torch.testing.assert_close(h.grad, expected)
 
 
+def test_the_decoder_learns_from_the_cosine_of_its_patches():
+    o, t = torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
+    h, v = l2(torch.randn(2, 5, 8)), l2(torch.randn(2, 5, 8))
+    vqkd_loss(o, t, h, v)[0].backward()
+    by_hand = o.detach().clone().requires_grad_()
+    cosine = (by_hand * t).sum(-1) / (by_hand.norm(dim=-1) * t.norm(dim=-1))
+    (1 - cosine.mean()).backward()
+    torch.testing.assert_close(o.grad, by_hand.grad)
+
+
+def test_what_is_only_logged_keeps_no_graph():
+    o, h = torch.randn(2, 5, 6, requires_grad=True), l2(torch.randn(2, 5, 8)).requires_grad_()
+    loss, parts = vqkd_loss(o, torch.randn(2, 5, 6), h, l2(torch.randn(2, 5, 8)))
+    assert loss.requires_grad
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_the_loss_of_bfloat16_features_is_computed_in_float32():
+    o, t = torch.randn(2, 5, 6).bfloat16(), torch.randn(2, 5, 6).bfloat16()
+    h = l2(torch.randn(2, 5, 8))
+    loss, parts = vqkd_loss(o, t, h, h)
+    assert loss.dtype == parts["cosine"].dtype == torch.float32
+    torch.testing.assert_close(loss, vqkd_loss(o.float(), t.float(), h, h)[0])
+
+
 def test_both_stop_gradient_terms_have_the_same_value():
     h, v = l2(torch.randn(2, 9, 8)), l2(torch.randn(2, 9, 8))
     _, parts = vqkd_loss(torch.randn(2, 9, 4), torch.randn(2, 9, 4), h, v)
