@@ -11,7 +11,6 @@ RIGHT = mistakes_tokenizer.RIGHT | mistakes_backbone.RIGHT
 MISTAKES = mistakes_tokenizer.MISTAKES | mistakes_backbone.MISTAKES
 
 
-
 def versions(name):
     """-> [(source, sentence)] of the known mistakes in a function."""
     right = RIGHT[name].lstrip("\n")
@@ -32,11 +31,22 @@ def known_answers(name):
 
 
 def diagnose(name, found):
-    """The sentence of the mistake that gives these answers. None: right, or not known."""
+    """The sentence of the mistake that gives these answers. None: right, or not known.
+
+    Or that of a mistake all of whose signs are there, beside others: a sign is a call in which the
+    mistake gives something else than the project's function. The most signs win.
+    """
     correct, mistakes = known_answers(name)
-    if probes.same(found, correct) or all(call == ["raises"] for call in found):
+    if probes.same(found, correct):
         return None
-    for answers, sentence in mistakes:
-        if probes.same(found, answers):
-            return sentence
-    return None
+    best, ties, sentence = 0, 0, None
+    for answers, told in mistakes:
+        if probes.same(found, answers) and any(call != ["raises"] for call in found):
+            return told
+        signs = [i for i, call in enumerate(answers) if not probes.same(call, correct[i])]
+        shown = all(i < len(found) and probes.same(found[i], answers[i]) for i in signs)
+        if not shown or all(answers[i] == ["raises"] for i in signs) or len(signs) < best:
+            continue
+        ties = ties + 1 if len(signs) == best else 0
+        best, sentence = len(signs), told
+    return None if ties else sentence

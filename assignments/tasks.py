@@ -27,20 +27,20 @@ class Task:
 TASKS = {
     "A1": {
         "vqkd.py::nearest_code": Task(
-            6, "nearest_code properties", "test_nearest_code or no_code_is_nearer",
+            7, "nearest_code properties", "test_nearest_code or no_code_is_nearer",
             tells=r"arg(min|max)\(dim=-?1\)|l2\(book\)\.T|distance\.amin"),
-        "vqkd.py::straight_through": Task(4, "straight_through"),
+        "vqkd.py::straight_through": Task(5, "straight_through"),
     },
     "A2": {
         "vqkd.py::vqkd_loss": Task(
-            6, "vqkd_loss", "not head_of_its_own and not map_of_codes",
+            5, "vqkd_loss", "not head_of_its_own and not map_of_codes",
             tells=r"1 - (cosine|x\[.cosine)|a @ b|mse_loss\(h",
             twins="extras/bench.py::bench_quantizer"),
         "vqkd.py::code_sums": Task(
             3, "ema properties", "sums and not count_of_use",
             tells=r"one_hot.*T @|index_add"),
         "vqkd.py::ema_update": Task(
-            5, "ema properties", "codes_stay or chosen or average or unused or handed_in or "
+            4, "ema properties", "codes_stay or chosen or average or unused or handed_in or "
             "decay_0 or codebook_term", tells=r"direction\) /"),
     },
     "A3": {
@@ -48,18 +48,18 @@ TASKS = {
                              twins="results/ablate.py::without_l2"),
         "support/codebook.py::codebook_usage": Task(
             4, "ema codebook_health properties", "perplexity or entropy or commonest or usage or "
-            "ten_most", tells=r"math\.exp\(entropy"),
+            "ten_most or used_code", tells=r"math\.exp\(entropy"),
         "support/codebook.py::restart_dead_codes": Task(
-            4, "codebook_health", "dead_code or restarted or threshold"),
+            3, "codebook_health", "dead_code or restarted or threshold"),
     },
     "A4": {
         "pretrain.py::sample_block_mask": Task(
-            4, "block_mask properties", "mask or hidden or block"),
-        "pretrain.py::sample_block": Task(5, "block_mask properties", "mask or hidden or block"),
+            3, "block_mask properties", "mask or hidden or block"),
+        "pretrain.py::sample_block": Task(4, "block_mask properties", "mask or hidden or block"),
         "pretrain.py::hidden_patches": Task(
             2, "block_mask", "hidden_patches_are or refused", tells=r"nonzero\(\)\[:, 1\]"),
         "pretrain.py::mim_loss": Task(
-            4, "mim_loss", "loss_of or certain or one_number or both_heads or shallow or graph or "
+            3, "mim_loss", "loss_of or certain or one_number or both_heads or shallow or graph or "
             "untrained", tells=r"cross_entropy\(logits|softmax\(1\) - ",
             twins="results/ablate.py::regress"),
     },
@@ -67,7 +67,7 @@ TASKS = {
         "pretrain.py::aggregate": Task(
             3, "aggregation", "aggregat or cls_head", tells=r"cat\(\[last|early\[:, 1:\]"),
         "pretrain.py::BEiT.streams": Task(
-            6, "aggregation", "layer_l or second_loss or shallow or head or hidden or logits or "
+            5, "aggregation", "layer_l or second_loss or shallow or head or hidden or logits or "
             "tokens", tells=r"in model\.cls_pt_layers:\n"),
         "pretrain.py::BEiT.forward": Task(
             4, "aggregation", "second_loss or shallow or head or hidden or logits or tokens",
@@ -77,8 +77,8 @@ TASKS = {
         "linprobe.py::readout": Task(
             2, "linprobe", "readouts_take or summary_holds", tells=r"mean = \(tokens"),
         "linprobe.py::accuracy": Task(2, "linprobe properties", "accuracy_ or more_guesses"),
-        "linprobe.py::knn": Task(3, "linprobe", "knn", tells=r"temperature|\.exp\("),
-        "finetune.py::layer_of": Task(3, "layer_decay", twins="segment.py::layer_of"),
+        "linprobe.py::knn": Task(2, "linprobe", "knn", tells=r"temperature|\.exp\("),
+        "finetune.py::layer_of": Task(2, "layer_decay", twins="segment.py::layer_of"),
         "finetune.py::smooth_targets": Task(
             2, "finetune properties", "smoothing or targets", tells=r"0\.02, 0\.92"),
         "finetune.py::soft_cross_entropy": Task(

@@ -196,6 +196,11 @@ def test_entropy_is_in_nats_and_unused_codes_add_nothing_to_it():
     assert usage["perplexity"] == pytest.approx(4 / 3 ** 0.75)
 
 
+def test_a_code_that_one_vector_chose_is_a_used_code():
+    usage = codebook_usage(torch.tensor([3.0, 1.0, 0.0]))
+    assert (usage["codes_used"], usage["dead_codes"]) == (2, 1)
+
+
 def test_the_commonest_ten_are_found_wherever_they_stand():
     rare, common = torch.full((10,), 1.0), torch.full((10,), 9.0)
     assert codebook_usage(torch.cat([rare, common]))["top10_share"] == pytest.approx(90)

@@ -7,9 +7,10 @@ from conftest import ROOT
 
 STAGES = ["vqkd", "pretrain", "finetune", "linprobe", "segment"]
 TOP = {f"{name}.py" for name in ["model", *STAGES]}
-FLOORS = ["model", "support", "stages", "extras", "results"]     # imports go to the left only
-SOURCES = sorted(f for pattern in ("*.py", "support/*.py", "extras/*.py", "results/*.py")
-                 for f in ROOT.glob(pattern))
+# Imports go to the left only.
+FLOORS = ["model", "support", "stages", "assignments", "extras", "results"]
+FOLDERS = "", "support/", "assignments/", "extras/", "results/"
+SOURCES = sorted(f for folder in FOLDERS for f in ROOT.glob(f"{folder}*.py"))
 IDS = [str(f.relative_to(ROOT)) for f in SOURCES]
 
 

@@ -23,7 +23,7 @@ SECTIONS = {
 # hyper-parameters"): their numbers differ between printings.
 STAGE_SECTION = {"model.py": "2.1", "vqkd.py": "2.2", "pretrain.py": "2.3", "finetune.py": "3.2",
                  "linprobe.py": "3.2", "segment.py": "3.3"}
-MADE_BY_A_COMMAND = {"AGENTS.md", "OUT.md", "a.md"}          # not files of this project
+MADE_BY_A_COMMAND = {"AGENTS.md", "ASSIGNMENT.md", "OUT.md", "a.md"}  # not files of this project
 
 
 def project_files():
