@@ -131,8 +131,8 @@ def page(lines):
 TEXT = """# Does the grader mark rightly?
 
 `python -m results.homework --write`, {date}: {minutes} minutes, {jobs} at a time,
-{cores} cores, torch {torch}. Each of {known} natural mistakes (assignments/mistakes.py) was handed in by itself in an
-otherwise right submission, and marked as a student's would be.
+{cores} cores, torch {torch}. Each of {known} natural mistakes (assignments/mistakes.py) was handed
+in by itself in an otherwise right submission, and marked as a student's would be.
 
 {head}
 |---|---|---|---|---|---|---|---|---|---|---|
