@@ -201,6 +201,7 @@ def train(args, checkpoint):
     run = Run(stage_of(args), args)
     train_set, val_set = open_images(args, run)
     classes = list(train_set.classes)
+    run.plan(train_set)
     refuse_odd_batches(args, run.world_size)
 
     seed_all(args.seed)

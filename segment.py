@@ -362,9 +362,9 @@ def train(args):
     val_set = open_split(args, "val", args.classes)
     data.leave_out_bad(args, run, train_set, val_set)
     names = train_set.classes
-
-    seed_all(args.seed)
+    run.plan(train_set)
     batchnorm.check_batch(args, run)
+    seed_all(args.seed)
     model, report = build(args, read_start(args), len(names))
     model = batchnorm.synchronise(model, run).to(run.device).train()
     run.print(describe_start(args, report))

@@ -269,7 +269,7 @@ def train(args):
     """The whole of stage 1.  -> the result of the last evaluation; the tokenizer is in OUT"""
     run = Run("vqkd", args)
     teacher, train_set, val_set = open_teacher_and_images(args, run)
-    quantize_from = first_quantized_step(args, len(train_set))
+    quantize_from = first_quantized_step(args, run.plan(train_set))
     model = first_model(args, teacher.dims).to(run.device)
     groups = param_groups(model.named_parameters(), args.weight_decay)
     optimizer = adamw(groups, (0.9, args.beta2), run.device)
@@ -342,14 +342,13 @@ def build(args, teacher_dims):
                 args.decoder_depth, args.codes, args.code_dim, teacher_dims)
 
 
-def first_quantized_step(args, images):
+def first_quantized_step(args, steps):
     """The step in which the quantizer joins: 0 in the paper, and for the codes of --init.
 
     Ours: after --continuous-steps. The vectors of an untrained encoder mean little, and so would
     codes made of them. UserError if no step is left to the codes.
     """
-    first = 0 if args.init else args.continuous_steps
-    steps, _, _ = data.resolve_steps(args, images)
+    first = 0 if args.init else data.shortened(args, "continuous_steps", steps)
     if first >= steps:
         raise UserError(f"--continuous-steps {first} leaves none of {steps} steps to the codes")
     return first
@@ -408,6 +407,7 @@ RECIPE = {  # base: the appendix's table of hyper-parameters; tiny and small: ou
     "crop_scale":         (0.6,   0.08,   0.08),
     "continuous_steps":   (250,   0,      0),
     "restart_dead_codes": (20,    0,      0),
+    "recipe_steps":       (750,   None,   None),     # shorter runs shorten the two lines above
 }
 
 

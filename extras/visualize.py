@@ -390,7 +390,7 @@ def main(argv=None):
     for name, why in album.skipped.items():
         print(f"no {name}.png: {why}")
     if not args.only:
-        (folder / "index.html").write_text(page(album))
+        (folder / "index.html").write_text(page(album), "utf-8", "surrogateescape")
         print(f"{len(album.drawn)} pictures -> {folder / 'index.html'}")
 
 

@@ -41,8 +41,9 @@ RUNS = Path("runs/ablations")
 # Batches and warm-up (48 and 75 updates) are those of the table: tiny's recipe until 2026-11-25.
 BATCH = "--batch-size 64 --micro-batch 64 "
 SHORT = {
-    "vqkd": BATCH + "--steps 240 --continuous-steps 100 --lr 2e-3 --warmup-epochs 0.6",
-    "pretrain": BATCH + "--steps 300 --warmup-epochs 0.75",
+    "vqkd": BATCH + "--steps 240 --continuous-steps 100 --lr 2e-3 --warmup-epochs 0.257 "
+            "--restart-dead-codes 20",
+    "pretrain": BATCH + "--steps 300 --warmup-epochs 0.401",
     "linprobe": "--limit 6000 --blocks 2",
 }
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from model import PRESETS
-from support.files import UserError
+from support.files import ROOT, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,13 +93,17 @@ def run_parser(description, without=(), moved=None):
 def fill_in(args, models, recipe):
     """Every flag left out gets its value from the column --model of the stage's table.
 
-    models: the names of the columns. recipe: {flag: (a value per column)}. Raises UserError for a
-    preset that the stage does not have, or for sizes that give no grid of patches.
+    models: the names of the columns. recipe: {flag: (a value per column)}. args.typed then holds
+    the flags of the recipe that were given, with the values that the recipe has for them: what was
+    not typed may shrink with a short run (data.resolve_steps). Raises UserError for a preset that
+    the stage does not have, or for sizes that give no grid of patches.
     """
     check_preset(args, models)
     if args.steps is not None and args.epochs is not None:
         raise UserError(f"--steps {args.steps} and --epochs {args.epochs} both say how long to "
                         f"train: give one of them")
+    if args.steps is not None:
+        recipe = {"steps": [None] * len(models)} | recipe
     column = models.index(args.model)
     preset = PRESETS[args.model]
     tiny = args.model == "tiny"
@@ -108,10 +112,14 @@ def fill_in(args, models, recipe):
         workers=1 if tiny else min(8, os.cpu_count() or 1),
         out=Path("runs") / args.model,
         image_size=preset["image_size"], patch_size=preset["patch_size"])
-    defaults |= {name: row[column] for name, row in recipe.items()}
+    recipe_values = {name: row[column] for name, row in recipe.items()}
+    args.typed = {name: value for name, value in recipe_values.items()
+                  if getattr(args, name, None) is not None}
+    defaults |= recipe_values
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    check_out(args)
     check_range(args, "patch_size", 1, args.image_size)
     check_range(args, "image_size", args.patch_size, 128 * args.patch_size)
     if args.image_size % args.patch_size:
@@ -123,6 +131,23 @@ def check_preset(args, models):
     if args.model not in models:
         raise UserError(f"--model {args.model} is not a preset of this stage; "
                         f"choose from {', '.join(models)}")
+
+
+def check_out(args):
+    """UserError if OUT is a folder with another purpose, or one in which such a folder lies."""
+    out = Path(os.path.realpath(args.out))
+    here = Path(os.path.realpath("."))
+    home = Path(os.path.realpath(os.path.expanduser("~")))
+    places = {"the current folder": here, "your home": home, "this project": ROOT}
+    for name, place in places.items():
+        if out == place or out in place.parents:
+            raise UserError(f"--out {args.out} is {name}, or holds it: give a folder of its own, "
+                            f"for example {Path('runs') / args.model}")
+    for name in ("data", "data_dir"):
+        place = getattr(args, name, None)
+        if place and os.path.isdir(place) and out == Path(os.path.realpath(place)):
+            raise UserError(f"--out {args.out} is the folder of {flag(name)}: give another one, "
+                            f"for example {Path('runs') / args.model}")
 
 
 def flag(name):

@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from support import weights
+from support import data, weights
 from support.files import UserError
 from support.process import seed_all
 
@@ -61,7 +61,7 @@ class CodebookHealth:
 
         Raises UserError after a collapse with --stop-on-collapse.
         """
-        every = self.args.restart_dead_codes
+        every = data.shortened(self.args, "restart_dead_codes", run.total_steps)
         if every and run.step % every == 0 and run.step < 0.8 * run.total_steps:
             seed_all(self.args.seed, run.step)
             restart_dead_codes(codebook, h, run)

@@ -11,7 +11,6 @@ processes changes nothing, and a run that goes on needs no saved generator.
 """
 import math
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from support.files import UserError
 from support.images import Cifar, Folder, shown
+from support.process import ignore_stop_signals, signals_wait
 from support.shapes import Shapes
 
 
@@ -138,20 +138,96 @@ def steps_per_epoch(images, batch_size):
     return images // batch_size
 
 
+def fitting_batch(args, images, world_size):
+    """The images of one update: as the recipe says, or as many as there are if they are fewer.
+
+    UserError if --batch-size was typed and there are fewer.
+    """
+    per_rank = images // world_size
+    if images >= args.batch_size:
+        return args.batch_size
+    if "batch_size" in typed(args) or per_rank == 0:
+        steps_per_epoch(images, max(args.batch_size, world_size))        # says so
+    parts = math.ceil(per_rank / (args.micro_batch or per_rank))
+    unit = 2 * parts                         # even micro-batches: MixUp pairs images
+    return world_size * max(per_rank - per_rank % unit, 1)
+
+
+def typed(args):
+    """The flags that were given, with the recipe's values instead (see args.fill_in)."""
+    return getattr(args, "typed", {})
+
+
 def resolve_steps(args, images):
-    """-> (steps, warmup_steps, steps_per_epoch)"""
+    """-> (steps, warmup_steps, steps_per_epoch)
+
+    A run that is shorter than the recipe keeps the recipe's share of warm-up. A warm-up that was
+    typed stays as it is; UserError if it leaves no step.
+    """
     per_epoch = steps_per_epoch(images, args.batch_size)
     steps = args.steps or args.epochs * per_epoch
-    # A run cut short keeps the recipe's share of warm-up.
+    recipe_epochs = typed(args).get("epochs") or args.epochs
+    asked = None
     if "warmup_share" in args:               # segment.py counts its warm-up in steps
+        asked = "--warmup-steps"
         warmup = args.warmup_steps
         if warmup is None:
             warmup = args.warmup_share * steps
-    elif args.steps:
-        warmup = args.warmup_epochs * (args.steps / args.epochs)
-    else:
+            asked = None
+    elif "warmup_epochs" in typed(args):
+        asked = "--warmup-epochs"
         warmup = args.warmup_epochs * per_epoch
+    elif args.steps:
+        warmup = args.warmup_epochs * (args.steps / recipe_epochs)
+    else:
+        warmup = args.warmup_epochs * min(1, args.epochs / recipe_epochs) * per_epoch
+    if asked and round(warmup) >= steps:
+        raise UserError(f"{asked} asks for a warm-up of {round(warmup)} steps in a run of {steps}: "
+                        f"lower it, or leave it out")
     return steps, min(round(warmup), steps - 1), per_epoch
+
+
+# Flags that count steps of a recipe, whose length args.recipe_steps is (vqkd.py).
+COUNT_STEPS = "continuous_steps", "restart_dead_codes"
+
+
+def shortened(args, name, steps):
+    """A flag of COUNT_STEPS in a run of so many steps: its share if the run is short.
+
+    A typed one is kept.
+    """
+    value = getattr(args, name)
+    recipe_steps = getattr(args, "recipe_steps", None) or steps
+    if name in typed(args) or steps >= recipe_steps or not value:
+        return value
+    least = 0 if name == "continuous_steps" else 1
+    return max(least, value * steps // recipe_steps)
+
+
+def recipe_length(args, steps_per_epoch):
+    """How many steps the recipe takes, whatever was typed; None if it does not say."""
+    if getattr(args, "recipe_steps", None):
+        return args.recipe_steps
+    if "steps" in typed(args):
+        return typed(args)["steps"] or args.epochs and args.epochs * steps_per_epoch
+    if "epochs" in typed(args):
+        recipe_epochs = typed(args)["epochs"]
+        return recipe_epochs and recipe_epochs * steps_per_epoch
+    return None
+
+
+def what_shrank(args, images, batch_size):
+    """Lines about what is smaller than in the recipe.  batch_size: the recipe's"""
+    if args.batch_size < batch_size:
+        yield (f"{images} training images are fewer than the recipe's batch of {batch_size}: "
+               f"batches of {args.batch_size}")
+    steps, warmup, per_epoch = resolve_steps(args, images)
+    recipe = recipe_length(args, per_epoch)
+    if recipe and steps < recipe:
+        parts = [f"warm-up {warmup} steps"]
+        parts += [f"--{name.replace('_', '-')} {shortened(args, name, steps)}"
+                  for name in COUNT_STEPS if getattr(args, name, 0)]
+        yield f"{steps} steps are fewer than the recipe's {recipe}: {', '.join(parts)}"
 
 
 def split_batch(batch_size, micro_batch, world_size):
@@ -227,18 +303,25 @@ def eval_batches(n, batch_size, rank=0, world_size=1):
 
 
 # --- loading --------------------------------------------------------------------------------------
+class Loader(DataLoader):
+    """A DataLoader whose workers leave stop signals to the training loop."""
+
+    def __iter__(self):
+        try:
+            with signals_wait():             # until the workers ignore them
+                return super().__iter__()
+        except OSError as error:             # no room for their semaphores, no more processes
+            raise UserError(f"cannot start loader workers ({error.strerror}): "
+                            f"give --workers 0, or fewer") from error
+
+
 def make_loader(dataset, batches, workers, device):
     """A DataLoader over ready-made lists of keys. Workers live as long as the loader."""
-    return DataLoader(
+    return Loader(
         dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None, worker_init_fn=leave_ctrl_c_alone,
+        prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals,
         pin_memory=torch.device(device).type == "cuda",      # a GPU fetches pinned pages faster
         generator=torch.Generator())         # else it would draw from the training loop's generator
-
-
-def leave_ctrl_c_alone(worker):
-    """Ctrl-C reaches all processes of a terminal. The training loop handles it, not its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_float(images, device):

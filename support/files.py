@@ -2,6 +2,7 @@
 
     write_file, read_file    saving to a temporary name, then a rename; reading notices damage
     describe_run, Log        what a run says about itself; one JSON line per call
+    Lock, set_aside          one run at a time in a folder; --fresh
 """
 import argparse
 import contextlib
@@ -10,6 +11,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +20,12 @@ import zipfile
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:          # Windows
+    fcntl = None
+    import msvcrt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,7 +159,7 @@ def describe_run(kind, args):
 
 def plain_args(args):
     """The arguments as JSON and torch.save take them: paths become text, tuples become lists."""
-    plain = dict(vars(args))
+    plain = {name: value for name, value in vars(args).items() if name != "typed"}
     for name, value in plain.items():
         if isinstance(value, Path):
             plain[name] = str(value)
@@ -160,21 +168,104 @@ def plain_args(args):
     return plain
 
 
+# --- the folder OUT -------------------------------------------------------------------------------
+class Lock:
+    """OUT/STAGE.lock: only one process at a time writes the files of a stage into a folder.
+
+    The system gives up the lock when the process ends, however it ends. Without write permission,
+    or on a disk that knows no locks, there is none.
+    """
+
+    def __init__(self, path):
+        """UserError if another process has the lock, or if the folder cannot be made."""
+        self.path = Path(path)
+        self.pid = os.getpid()               # a forked worker does not give the lock up
+        self.file = None
+        self.made = not self.path.parent.exists()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}): "
+                            f"choose another --out") from error
+        is_the_one = False
+        while not is_the_one:
+            try:
+                self.file = open(self.path, "a+", encoding="utf-8")
+            except OSError:                  # only reading: whoever writes later will say so
+                return
+            if not is_free(self.file):
+                self.file.seek(0)
+                who = self.file.read() or "another run"
+                self.file.close()
+                raise UserError(f"{who} is writing there: {self.path} is locked; wait until it "
+                                f"ends, stop it, or choose another --out")
+            # The holder before may have removed the file in between.
+            is_the_one = (self.path.exists()
+                          and os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())))
+        self.file.truncate(0)
+        self.file.write(f"process {self.pid} on {platform.node()}")
+        self.file.flush()
+
+    def release(self):
+        if self.file is None or self.file.closed or os.getpid() != self.pid:
+            return
+        with contextlib.suppress(OSError):   # Windows removes no open file
+            self.path.unlink()
+            if self.made:
+                self.path.parent.rmdir()     # if nothing was written
+        self.file.close()
+
+    __del__ = release
+
+
+def is_free(file):
+    """Lock an open file for this process.  -> False if another process has locked it"""
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:                          # this disk knows no locks
+        pass
+    return True
+
+
+STAGES = "vqkd", "pretrain", "finetune", "linprobe", "segment"
+# What the commands of this project write into OUT.
+OURS = re.compile(rf"({'|'.join(STAGES)})(_[a-z0-9]+)?\.(resume\.)?(pt|jsonl|png|features)"
+                  r"(\.prev|\.tmp)?|bad_images\.txt|(tokens|features)\.npz")
+
+
 def set_aside(stage, out):
     """--fresh: earlier results move to the first free name of OUT.1, OUT.2, ...
 
-    A new tokenizer moves the whole folder, because all later results stand on it. A later stage
-    moves only its own files, because it needs those of the earlier stages.
+    A new tokenizer moves those of all stages, because they stand on it. A later stage moves only
+    its own, because it needs the others. What this project did not write stays. UserError if
+    another stage is just writing.
     """
+    found = sorted(f for f in out.glob("*") if OURS.fullmatch(f.name))
+    locks = []                               # held until all files are moved
+    if stage == "vqkd":
+        locks = [Lock(f) for f in out.glob("*.lock") if f.stem != stage and f.stem in STAGES]
+    else:
+        found = [f for f in found if f.name.startswith(f"{stage}.")]
     n = 1
     while Path(f"{out}.{n}").exists():
         n += 1
     aside = Path(f"{out}.{n}")
-    if stage == "vqkd" and out.exists():
-        out.rename(aside)
-    for f in sorted(out.glob(f"{stage}.*")):
-        aside.mkdir(exist_ok=True)
-        f.rename(aside / f.name)
+    try:
+        for f in found:
+            aside.mkdir(exist_ok=True)
+            f.rename(aside / f.name)
+    except OSError as error:
+        raise UserError(f"--fresh cannot move {out} to {aside} ({error.strerror}): "
+                        f"choose another --out") from error
+    for lock in locks:
+        lock.release()
+    with contextlib.suppress(OSError):       # it holds other things
+        out.rmdir()
 
 
 # --- the log --------------------------------------------------------------------------------------
@@ -205,12 +296,12 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = []
             if self.path.exists():
-                lines = self.path.read_text().splitlines(keepends=True)
+                lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("}\n")]         # a kill can cut a line
             if not append:
                 whole = [x for x in whole if json.loads(x).get("step", -1) < start_step]
             temporary = Path(f"{self.path}.tmp")             # a kill must not cost the log
-            temporary.write_text("".join(whole))
+            temporary.write_text("".join(whole), encoding="utf-8")
             os.replace(temporary, self.path)
         return whole
 
@@ -241,7 +332,7 @@ class Log:
         if not self.active:
             return
         facts["time"] = time.time() - self.begin
-        with self.writing(), open(self.path, "a") as f:
+        with self.writing(), open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(rounded(facts)) + "\n")
 
 

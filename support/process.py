@@ -1,4 +1,5 @@
 """Where a run computes: processes, device, precision, seeds; how a command ends."""
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -7,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -41,6 +43,12 @@ class Process:
     world_size: int = 1
     device: torch.device = torch.device("cpu")
     amp: str = "no"
+    lock = None              # files.Lock of the folder that this process writes into
+
+    def leave_folder(self):
+        """Another run may write there from now on."""
+        if self.lock:
+            self.lock.release()
 
     @property
     def is_main(self):
@@ -121,51 +129,142 @@ def resolve_amp(amp, device):
 
 
 # --- how a command ends ---------------------------------------------------------------------------
+# Ctrl-C, a scheduler's end of time, a closed terminal, a warning ahead of the end (SLURM).
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]    # Windows has the first two
+
+
 class StopSignal:
-    """The handler of SIGTERM and Ctrl-C.
+    """The handler of the STOP_SIGNALS.
 
     Outside a training loop, the signal ends the process. In a loop, Run.check sees it and saves
-    first. A second signal ends the process at once, except under torchrun, which sends its own.
+    first. Launchers and shells often send a signal twice, so a second one changes nothing. Only a
+    second Ctrl-C, after a second or more, ends the process at once, except under torchrun.
     """
 
     received = 0
     in_loop = False
+    first = 0.0              # when the first signal came, in seconds
 
     def __call__(self, number, frame):
-        again = self.received and "RANK" not in os.environ
-        if not self.in_loop or again:
+        impatient = number == signal.SIGINT and "RANK" not in os.environ
+        again = self.received and time.monotonic() - self.first >= 1
+        if not self.in_loop or (impatient and again):
             os._exit(128 + number)
-        self.received = number
+        if not self.received:
+            self.received = number
+            self.first = time.monotonic()
+
+    def handle(self, numbers):
+        """Become the handler of these signals, but not of SIGHUP under nohup."""
+        for number in numbers:
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not (ignored and number == getattr(signal, "SIGHUP", None)):
+                signal.signal(number, self)
+
+
+@contextlib.contextmanager
+def signals_wait():
+    """A process started meanwhile gets no stop signal until it calls ignore_stop_signals."""
+    if not hasattr(signal, "pthread_sigmask"):               # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_stop_signals(worker=None):
+    """In a loader's worker: a signal to all processes of a job is the training loop's to handle.
+
+    SIGTERM is also how the loader ends a worker. So it counts if the parent sent it.
+    """
+    others = [number for number in STOP_SIGNALS if number != signal.SIGTERM]
+    for number in others:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):                       # Linux; it tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_if_parent_says, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def end_if_parent_says():
+    """Take every SIGTERM and leave at that of the parent."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def launch(main):
     """Call a stage's main() and choose the exit code of the command.
 
     A UserError becomes one sentence on stderr and exit code 2, under torchrun only once. A process
-    that lost another process says so and exits 1. SIGTERM and Ctrl-C end a run with its state
-    saved, and exit 143 or 130.
+    that lost another process says so and exits 1. A stop signal ends a run with its state saved
+    and with exit code 128 + signal: 143 for SIGTERM, 130 for Ctrl-C.
     """
-    # Line buffering, because os._exit drops what is in the buffer. File names can be invalid UTF-8.
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_freed_memory()
-    signal.signal(signal.SIGINT, StopSignal())
+    handler = StopSignal()
+    signal.signal(signal.SIGINT, handler)
     if "RANK" not in os.environ:             # torchrun needs SIGTERM's default until the loop
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-    try:
-        main()
-    except Exception as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)        # from here on a signal just ends it
-        rank = int(os.environ.get("RANK", 0))
-        if rank > 0:
-            time.sleep(5)                    # rank 0 most likely met the same error and reports it
-        text, code = explain(error, rank)
-        print(f"error: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(code)                   # other processes may hang: do not wait for them
-        sys.exit(code)
-    finally:
-        if dist.is_initialized():
-            leave_group()
+        handler.handle(STOP_SIGNALS)
+    with (contextlib.redirect_stdout(Stream(sys.stdout)),
+          contextlib.redirect_stderr(Stream(sys.stderr))):
+        try:
+            main()
+        except Exception as error:
+            handler.in_loop = False                          # from here on a signal just ends it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            rank = int(os.environ.get("RANK", 0))
+            if rank > 0:
+                time.sleep(5)                # rank 0 most likely met the same error and reports it
+            text, code = explain(error, rank)
+            print(f"error: {' '.join(text.splitlines())}", file=sys.stderr, flush=True)
+            if dist.is_initialized():
+                os._exit(code)               # other processes may hang: do not wait for them
+            sys.exit(code)
+        finally:
+            if dist.is_initialized():
+                leave_group()
+
+
+class Stream:
+    """Standard output or error as a run needs it: it outlives whoever reads it.
+
+    After `| head`, or when the terminal is closed, what is printed is lost and the run goes on.
+    """
+
+    def __init__(self, stream):
+        # A command started without the stream (`>&-`) has None. A notebook's has no reconfigure.
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
+        if hasattr(stream, "reconfigure"):
+            # os._exit drops what is in the buffer. No text is too much for any locale.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):        # ValueError: it was closed
+            self.go_nowhere()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.go_nowhere()
+
+    def go_nowhere(self):
+        """What is still in the buffer goes there, too, so that the end of Python finds no error."""
+        old = self.stream
+        self.stream = open(os.devnull, "w", encoding="utf-8")
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(self.stream.fileno(), old.fileno())
 
 
 def leave_group():
@@ -187,7 +286,21 @@ def explain(error, rank):
         if text.startswith("Caught "):       # a loader's worker: its traceback, then the sentence
             text = text.splitlines()[-1].rpartition("UserError: ")[2]
         return text, 2
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("shared memory" in text or "Bus error" in text):
+        return ("the loader's workers need more shared memory than /dev/shm has: give --workers 0, "
+                "or make it larger (docker run --shm-size 8g)"), 2
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return (f"{text.splitlines()[0].rstrip('. ')}: if memory is short, lower --workers. The "
+                f"same command goes on from the last resume file"), 1
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(text.split())[:160]
+        return (f"--compile failed ({reason}): it needs a C++ compiler, and Triton on a GPU; "
+                f"install them, or leave out --compile"), 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return (f"cannot read or write {error.filename} ({error.strerror}): check the name, or "
+                f"choose another --out"), 2
+    if isinstance(error, dist.DistError) or "gloo" in text:
         return (f"rank {rank} lost another process; that process or the launcher says why. "
                 f"The same command goes on from the last resume file"), 1
     raise error

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from support import data, inputs
 from support.files import (
-    Log, UserError, describe_run, plain_args, read_file, rounded, set_aside, write_file)
+    Lock, Log, UserError, describe_run, plain_args, read_file, rounded, set_aside, write_file)
 from support.images import find_images
-from support.process import Process, StopSignal, join_processes, seed_all
+from support.process import STOP_SIGNALS, Process, StopSignal, join_processes, seed_all
 
 # Arguments that may change between a run and its continuation. They do not say what is computed.
 SAME_RUN = ("fresh dry_run workers log_every save_every device compile download data_dir out "
@@ -52,11 +52,30 @@ class Run(Process):
         self.args = args
         self.out = args.out
         args.micro_batch = args.micro_batch or args.batch_size
+        self.asked = plain_args(args)
+        self.total_steps = None
+        self.in_loop = False
+        self.eval_loaders = {}               # (id of the data set, batch size): DataLoader
         self.resumed = find_resume_file(stage, args, self)
         if self.resumed and args.amp == "auto":              # a run keeps the precision it has
             self.amp = self.resumed["args"]["amp"]
         args.amp = self.amp
+        self.asked["amp"] = self.amp
         self.step = 0
+
+    def plan(self, train_set):
+        """How many steps of how many images; a line says what a short run shrinks.  -> the steps"""
+        args = self.args
+        images = len(train_set)
+        batch_size = args.batch_size
+        args.batch_size = data.fitting_batch(args, images, self.world_size)
+        lengths = data.resolve_steps(args, images)
+        self.total_steps, self.warmup_steps, self.steps_per_epoch = lengths
+        self.micro_batch, self.accumulation = data.split_batch(
+            args.batch_size, args.micro_batch, self.world_size)
+        for line in data.what_shrank(args, images, batch_size):
+            self.print(line)
+        return self.total_steps
 
     def start(self, train_set, facts=None, about=None, before_saving=None, **parts):
         """Everything is built: restore the state, open log and loader.  -> the network to train
@@ -75,11 +94,9 @@ class Run(Process):
         self.made_from = inputs.made_from(args, self)
         self.restore()
 
-        steps = data.resolve_steps(args, len(train_set))
-        self.total_steps, self.warmup_steps, self.steps_per_epoch = steps
+        if self.total_steps is None:
+            self.plan(train_set)
         self.eval_every = self.steps_per_epoch
-        self.micro_batch, self.accumulation = data.split_batch(
-            args.batch_size, args.micro_batch, self.world_size)
         batches = data.TrainBatches(
             len(train_set), args.batch_size, self.total_steps, self.step, self.rank,
             self.world_size, self.accumulation, args.seed)
@@ -112,10 +129,11 @@ class Run(Process):
         """The network as the loop calls it: for several processes, and compiled if asked."""
         network = model
         if self.world_size > 1:
-            # Buffers are equal by construction. A broadcast would hide it if they were not.
             ids = [self.device.index] if self.device.type == "cuda" else None
-            network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False,
-                                              gradient_as_bucket_view=True)
+            network = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+            # Buffers stay equal by construction. A broadcast in each step would hide it if they
+            # did not. (Not the argument of this name: torch 2.14 warns of it.)
+            network.broadcast_buffers = False
         self.synchronised = network
         # Around DistributedDataParallel, so that gradients travel while the rest is computed.
         return self.compiled(network)
@@ -130,7 +148,8 @@ class Run(Process):
         handler = signal.getsignal(signal.SIGINT)            # not ours in a notebook
         if isinstance(handler, StopSignal):
             handler.in_loop = True
-            signal.signal(signal.SIGTERM, handler)
+            handler.handle(STOP_SIGNALS)
+        self.in_loop = True
         hide_bar = not self.is_main or not sys.stderr.isatty()
         bar = tqdm(range(self.step, self.total_steps), initial=self.step, total=self.total_steps,
                    desc=self.stage, dynamic_ncols=True, disable=hide_bar)
@@ -150,6 +169,7 @@ class Run(Process):
         if self.is_main:
             print(f"{signal.Signals(number).name}: saved after step {self.step}; "
                   f"the same command goes on", file=sys.stderr)
+        self.leave_folder()
         raise SystemExit(128 + number)
 
     def micro_batches(self):
@@ -214,9 +234,16 @@ class Run(Process):
     def eval_batches(self, dataset, batch_size=None):
         """This process's share of a data set, each image once. Does not count for images_per_s."""
         begun = time.time()
-        shares = data.eval_batches(len(dataset), batch_size or self.args.micro_batch, self.rank,
-                                   self.world_size)
-        yield from data.make_loader(dataset, shares, self.args.workers, self.device)
+        batch_size = batch_size or self.args.micro_batch
+        loader = self.eval_loaders.get((id(dataset), batch_size))
+        if loader is None:
+            shares = data.eval_batches(len(dataset), batch_size, self.rank, self.world_size)
+            loader = data.make_loader(dataset, shares, self.args.workers, self.device)
+            # A worker forked beside the threads of gloo was seen to hang, though rarely. So
+            # several processes fork the workers of the evaluations once, not each time.
+            if self.world_size > 1 and self.in_loop:
+                self.eval_loaders[id(dataset), batch_size] = loader      # which keeps the data set
+        yield from loader
         if hasattr(self, "clock"):
             self.clock += time.time() - begun
 
@@ -247,7 +274,7 @@ class Run(Process):
     def contents(self):
         """What a file of this run holds beside the state of the optimiser."""
         return contents(self.stage, self.model, self.args) | self.about | dict(
-            made_from=self.made_from)
+            args=self.asked, made_from=self.made_from)
 
     def save(self):
         """Write STAGE.resume.pt. The one before stays as .prev until the next time."""
@@ -269,6 +296,7 @@ class Run(Process):
                        self.contents() | dict(step=self.total_steps, result=result))
             for leftover in self.out.glob(f"{self.stage}.resume.pt*"):
                 leftover.unlink()
+        self.leave_folder()
         return result
 
 
@@ -284,13 +312,40 @@ def find_resume_file(stage, args, process, **files):
     files: {name: path} of files that the run reads and no argument names. Raises UserError if the
     folder holds a run with other arguments or from other inputs, or no readable file.
     """
+    hold_folder(stage, args, process)
+    try:
+        return read_state(stage, args, process, files)
+    except (UserError, SystemExit):
+        process.leave_folder()
+        raise
+
+
+def hold_folder(stage, args, process):
+    """Lock OUT for this stage; with --fresh set earlier results aside. UserError on all processes.
+
+    process.lock keeps it until process.leave_folder(), or the end of the process.
+    """
     # torchrun --max-restarts repeats the command. Then the files in OUT belong to this run.
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if args.fresh:
-        inputs.refuse_to_move(stage, args)
-    if args.fresh and process.is_main and first_start:
-        set_aside(stage, args.out)
-    process.wait()
+    problem = [None]
+    if process.is_main:
+        try:
+            process.lock = Lock(args.out / f"{stage}.lock")
+            if args.fresh:
+                inputs.refuse_to_move(stage, args)
+            if args.fresh and first_start:
+                set_aside(stage, args.out)
+        except UserError as error:
+            problem = [str(error)]
+    if process.world_size > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        process.leave_folder()
+        raise UserError(problem[0])
+
+
+def read_state(stage, args, process, files):
+    """-> the contents of STAGE.resume.pt, or None. Exits 0 if the run is done."""
     final = args.out / f"{stage}.pt"
     resume = args.out / f"{stage}.resume.pt"
     paths = [final, resume, Path(f"{resume}.prev")]
@@ -411,10 +466,14 @@ def dry_run(args, model, *lines):
         images = len(find_images(train if train.is_dir() else args.data))
     if args.limit and images:
         images = min(images, args.limit)
-    if args.steps:
+    if images:
+        batch_size = args.batch_size
+        args.batch_size = data.fitting_batch(args, images, 1)
+        steps, _, _ = data.resolve_steps(args, images)
+        epochs = "" if args.steps else f" = {args.epochs} epochs of {images:,}"
+        print(f"{steps:,} steps of {args.batch_size} images{epochs}")
+        print(*data.what_shrank(args, images, batch_size), sep="\n")
+    elif args.steps:
         print(f"{args.steps} steps of {args.batch_size} images")
-    elif images:
-        steps = args.epochs * (images // args.batch_size)
-        print(f"{steps:,} steps of {args.batch_size} images = {args.epochs} epochs of {images:,}")
     else:
         print(f"{args.epochs} epochs of the images in {args.data}, which is not there yet")

@@ -43,13 +43,13 @@ TESTS = {  # which tests/test_*.py run, in this order, where a bug names no othe
     "segment.py": "upernet segment",
     "support/run.py": "run loops",
     "support/optim.py": "optim",
-    "support/files.py": "files",
+    "support/files.py": "files out",
     "support/inputs.py": "inputs",
-    "support/data.py": "batches",
+    "support/data.py": "batches length",
     "support/images.py": "images batches",
     "support/shapes.py": "shapes",
     "support/transforms.py": "transforms",
-    "support/process.py": "process",
+    "support/process.py": "process signals endings",
     "support/scenes.py": "scenes",
     "support/batchnorm.py": "batchnorm",
     "support/weights.py": "weights",
@@ -591,6 +591,9 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             '.get("step", -1) < start_step',
             '.get("step", -1) >= -1',
         ),
+        ("a worker gives the lock up", " or os.getpid() != self.pid", ""),
+        ("--fresh moves all files", "if OURS.fullmatch(f.name)", "if f.name"),
+        ("--fresh moves what others write", 'for f in out.glob("*.lock") if', "for f in [] if"),
     ],
     "support/optim.py": [
         ("warm-up a step longer", "step / max(1, warmup - 1)", "step / max(1, warmup)"),
@@ -644,6 +647,14 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             "return -(-images // batch_size)",
         ),
         ("every epoch in the same order", "1_000_003 * self.seed + epoch", "1_000_003 * self.seed"),
+        ("a typed warm-up shrinks", 'elif "warmup_epochs" in typed(args):', "elif False:"),
+        ("a typed count shrinks", "if name in typed(args) or steps", "if steps"),
+        (
+            "short epochs keep a long warm-up",
+            "args.warmup_epochs * min(1, args.epochs / recipe_epochs) * per_epoch",
+            "args.warmup_epochs * per_epoch",
+        ),
+        ("a smaller batch may be odd", "unit = 2 * parts", "unit = parts"),
     ],
     "support/images.py": [
         (
@@ -700,6 +711,14 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
     "support/process.py": [
         ("bf16 without effect", 'enabled=self.amp == "bf16"', "enabled=False"),
         ("masks not seeded", "    random.seed(value)\n", ""),
+        ("a second signal ends at once", "impatient = number == signal.SIGINT and", "impatient ="),
+        ("nohup without effect", "ignored = signal.getsignal(number) ==", "ignored = None =="),
+        ("workers leave at any SIGTERM", ".si_pid != os.getppid()", ".si_pid < 0"),
+        (
+            "a closed stream ends the run",
+            "except (OSError, ValueError):        # ValueError: it was closed",
+            "except Warning:",
+        ),
     ],
     "support/positions.py": [
         (
