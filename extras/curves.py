@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from extras.panels import panels, save
+from extras.panels import panels, printable, save
 from support.files import UserError
 
 # Key of the log: (title, levels that a trivial guesser reaches: key of the log -> text).
@@ -69,7 +69,7 @@ def draw_curve(axis, key, name, log, colour):
     if path.parent.name not in ("", "results"):
         label = f"{path.parent.name}/{path.stem}"
     axis.plot([x["step"] for x in train], [x[key] for x in train], color=colour, lw=0.8,
-              label=label)
+              label=printable(label))
     axis.plot([x["step"] for x in val], [x[key] for x in val], "o", color=colour, ms=4)
     if key != "perplexity":
         return

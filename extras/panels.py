@@ -27,12 +27,15 @@ def panels(rows, columns, width, height, title, top=0.42, **spacing):
     edges = dict(left=0.01, right=0.99, bottom=0.01, top=1 - top / total)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * width, total), squeeze=False,
                                 gridspec_kw=edges | spacing)
-    # A file's name may have bytes that are no text in this locale.
-    title = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    figure.suptitle(title, fontsize=11, y=1 - 0.08 / total, va="top")
+    figure.suptitle(printable(title), fontsize=11, y=1 - 0.08 / total, va="top")
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
+
+
+def printable(text):
+    """A text with names of files, whose bytes may be no text in this locale, as UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def save(figure, out):

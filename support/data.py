@@ -12,11 +12,13 @@ processes changes nothing, and a run that goes on needs no saved generator.
 import math
 import os
 from pathlib import Path
+from traceback import walk_tb
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from support.files import UserError
 from support.images import Cifar, Folder, shown
@@ -311,6 +313,10 @@ class Loader(DataLoader):
             with signals_wait():             # until the workers ignore them
                 return super().__iter__()
         except OSError as error:             # no room for their semaphores, no more processes
+            calls = [call.f_locals.get("self") for call, _ in walk_tb(error.__traceback__)]
+            for half_made in calls:
+                if isinstance(half_made, _BaseDataLoaderIter):
+                    half_made._shutdown = True               # else its end adds a traceback
             raise UserError(f"cannot start loader workers ({error.strerror}): "
                             f"give --workers 0, or fewer") from error
 
