@@ -169,6 +169,7 @@ def resolve_steps(args, images):
     per_epoch = steps_per_epoch(images, args.batch_size)
     steps = args.steps or args.epochs * per_epoch
     recipe_epochs = typed(args).get("epochs") or args.epochs
+    warmup_epochs = getattr(args, "warmup_epochs", 0)        # linprobe.py has none
     asked = None
     if "warmup_share" in args:               # segment.py counts its warm-up in steps
         asked = "--warmup-steps"
@@ -178,11 +179,11 @@ def resolve_steps(args, images):
             asked = None
     elif "warmup_epochs" in typed(args):
         asked = "--warmup-epochs"
-        warmup = args.warmup_epochs * per_epoch
+        warmup = warmup_epochs * per_epoch
     elif args.steps:
-        warmup = args.warmup_epochs * (args.steps / recipe_epochs)
+        warmup = warmup_epochs * (args.steps / recipe_epochs)
     else:
-        warmup = args.warmup_epochs * min(1, args.epochs / recipe_epochs) * per_epoch
+        warmup = warmup_epochs * min(1, args.epochs / recipe_epochs) * per_epoch
     if asked and round(warmup) >= steps:
         raise UserError(f"{asked} asks for a warm-up of {round(warmup)} steps in a run of {steps}: "
                         f"lower it, or leave it out")

@@ -651,8 +651,8 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ("a typed count shrinks", "if name in typed(args) or steps", "if steps"),
         (
             "short epochs keep a long warm-up",
-            "args.warmup_epochs * min(1, args.epochs / recipe_epochs) * per_epoch",
-            "args.warmup_epochs * per_epoch",
+            "warmup_epochs * min(1, args.epochs / recipe_epochs) * per_epoch",
+            "warmup_epochs * per_epoch",
         ),
         ("a smaller batch may be odd", "unit = 2 * parts", "unit = parts"),
     ],
