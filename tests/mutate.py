@@ -277,6 +277,19 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ),
         ("no warm-up", "run.total_steps, run.warmup_steps)", "run.total_steps)", LOOPS),
         ("beta2 of fine-tuning", "(0.9, args.beta2)", "(0.9, 0.999)", LOOPS),
+        ("tokenizer left in training mode", ".eval().requires_grad_(", ".requires_grad_(", LOOPS),
+        (
+            "codes move before they are looked up",
+            "return l2(self.embedding(z)), z",
+            "self.update(*code_sums(h, z, len(self.cluster_size)), 0.9)\n"
+            "        return l2(self.embedding(z)), z",
+        ),
+        (
+            "gradients of all steps add up",
+            "        optimizer.zero_grad(set_to_none=True)\n",
+            "",
+            LOOPS,
+        ),
     ],
     "support/codebook.py": [
         ("entropy in bits", "p.clamp(min=1e-30).log())", "p.clamp(min=1e-30).log2())"),
@@ -381,6 +394,23 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             "named_parameters(), 0)",
             LOOPS,
         ),
+        (
+            "targets from the masked image",
+            "z = encode(tokenizer_images) ",
+            "z = encode(tokenizer_images * F.interpolate((~mask).float().view(\n"
+            "                    len(mask), 1, *model.grid), tokenizer_images.shape[2:])) ",
+        ),
+        (
+            "targets of the patches before the hidden ones",
+            "z = z.gather(1, hidden).flatten()",
+            "z = z.roll(1, dims=1).gather(1, hidden).flatten()",
+        ),
+        (
+            "gradients of all steps add up",
+            "        optimizer.zero_grad(set_to_none=True)\n",
+            "",
+            LOOPS,
+        ),
     ],
     "support/guessers.py": [
         ("codes counted once a batch", "counts.scatter_add_(1, z.T,", "counts.scatter_(1, z.T,"),
@@ -433,6 +463,12 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             LOOPS,
         ),
         ("smoothing not handed on", "args.cutmix, args.smoothing)", "args.cutmix, 0)", LOOPS),
+        (
+            "gradients of all steps add up",
+            "        optimizer.zero_grad(set_to_none=True)\n",
+            "",
+            LOOPS,
+        ),
     ],
     "linprobe.py": [
         ("mean with [CLS] in it", "tokens[:, 1:].mean(dim=1)", "tokens.mean(dim=1)"),
@@ -520,6 +556,12 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             "training without BatchNorm's batch",
             "    model.train()\n    return scores",
             "    return scores",
+            LOOPS,
+        ),
+        (
+            "gradients of all steps add up",
+            "        optimizer.zero_grad(set_to_none=True)\n",
+            "",
             LOOPS,
         ),
     ],

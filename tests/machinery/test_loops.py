@@ -41,6 +41,9 @@ def loops(tmp_path_factory):
 
     def watched_set_lr(optimizer, lr):
         told[stage]["rates"].append(lr)
+        left = [p for group in optimizer.param_groups for p in group["params"]
+                if p.grad is not None]
+        told[stage]["left"].append(len(left))
         set_lr(optimizer, lr)
 
     def watched_embed(model, x, mask=None):
@@ -61,7 +64,7 @@ def loops(tmp_path_factory):
         patch.setattr(ViT, "embed", watched_embed)
         patch.setattr(finetune, "mix", watched_mix)
         for stage, module in STAGES.items():
-            told[stage] = dict(rates=[], batches=[])
+            told[stage] = dict(rates=[], left=[], batches=[])
             module.main([*FLAGS[stage].split(), *SHARED.split(), "--out", str(out)])
     return told
 
@@ -71,6 +74,11 @@ def loops(tmp_path_factory):
 def test_every_loop_follows_the_cosine_schedule_of_its_flags(loops, stage, peak, final):
     rates = [cosine_schedule(step, peak, final, total=6, warmup=4) for step in range(6)]
     assert loops[stage]["rates"] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_update_begins_without_the_gradients_of_the_one_before(loops, stage):
+    assert loops[stage]["left"] == [0] * 6
 
 
 def test_segmentation_follows_the_poly_schedule_of_its_flags(loops):
