@@ -28,7 +28,7 @@ from torch import nn
 
 from model import PRESETS, imagenet_normalize
 from support import inputs
-from support.args import check_range, fill_in, number, run_parser, whole
+from support.args import check_sides, fill_in, number, run_parser, whole
 from support.files import Log, UserError, describe_run, rounded, write_file
 from support.optim import adamw, cosine_schedule, set_lr
 from support.probe import (
@@ -79,7 +79,7 @@ def encode(source, images):
     """Images (B, 3, H, W) in [0, 1] -> features (B, L, F) of a Source: a network, or the pixels."""
     if source.model is not None:
         return summarise(source.model, imagenet_normalize(images), blocks=len(source.layers) - 1)
-    if source.image_size > 48:           # 224 px would be 150,528 numbers per image
+    if max(images.shape[-2:]) > 48:      # 224 px would be 150,528 numbers per image
         images = F.interpolate(images, size=48, mode="area")
     return images.flatten(1)[:, None]                        # a single layer
 
@@ -362,7 +362,7 @@ def parse_args(argv=None):
     fill_in(args, MODELS, RECIPE)
     args.image_size = size                   # None: as the file was made
     if size:
-        check_range(args, "image_size", args.patch_size, 128 * args.patch_size)
+        check_sides(args, 1)
     return args
 
 

@@ -32,6 +32,7 @@ from support.codebook import require_grid, require_tokenizer
 from support.files import UserError
 from support.guessers import commonest_codes, guess_hidden
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
+from support.positions import grid_of
 from support.process import launch, seed_all
 from support.run import Run, dry_run
 from support.start import go_on_from
@@ -269,7 +270,7 @@ def open_tokenizer(args, device):
 def open_images(args, run, tokenizer):
     """-> training images in random crops, held-out images without chance; each with a mask."""
     size = args.image_size
-    tokenizer_size = tokenizer.encoder.image_size[0]
+    tokenizer_size = tokenizer.arch()["image_size"]
     scale = args.crop_scale, 1.0
     crops = transforms.MIMTransform(size, tokenizer_size, scale, args.color_jitter)
     still = transforms.MIMEvalTransform(size, tokenizer_size)
@@ -390,7 +391,7 @@ def parse_args(argv=None):
 
 def fill_in_masks(args):
     """The paper hides 75 of 196 patches, in blocks of at least 16. Other grids: the same shares."""
-    patches = (args.image_size // args.patch_size) ** 2
+    patches = math.prod(grid_of(args.image_size, args.patch_size))
     if args.mask_patches is None:
         args.mask_patches = patches * 75 // 196
     if args.mask_min_block is None:

@@ -26,7 +26,7 @@ from torch import nn
 
 from model import ViT, imagenet_normalize
 from support import batchnorm, data, weights
-from support.args import check_range, fill_in, number, run_parser, whole
+from support.args import Size, check_sides, fill_in, number, run_parser, whole
 from support.files import UserError
 from support.optim import adamw, param_groups, set_lr
 from support.process import launch, seed_all
@@ -448,7 +448,8 @@ def parse_args(argv=None):
     add("--data", help="shapes, or a folder in ADE20K's layout; base: datasets/ade20k")
     add("--classes", type=whole(2, 254), help="classes of a folder, label 0 left out; default 150")
     add("--train-images", type=whole(1), help="use so many labelled images; base: all, tiny: 200")
-    add("--image-size", type=whole(1), help="side of the crop in pixels; base: 512")
+    add("--image-size", type=whole(1), nargs="+", action=Size, metavar="PIXELS",
+        help="side of the crop, or its height and width; base: 512")
     add("--jitter", type=number(1, 10), help="resize by 1/JITTER to JITTER, then crop; base: 2")
     add("--init", default="pretrain", choices=["pretrain", "21k", "scratch"],
         help="start from OUT/pretrain.pt, OUT/finetune_21k.pt, or random weights")
@@ -474,7 +475,7 @@ def parse_args(argv=None):
     if args.epochs:                          # instead of the steps of the recipe
         args.steps = None
     # The coarsest map has half the resolution, so it needs two patches a side.
-    check_range(args, "image_size", 2 * args.patch_size, 128 * args.patch_size)
+    check_sides(args, 2)
     if args.checkpoint:
         args.patch_size = patch_size         # None: that of the file
     return args

@@ -27,6 +27,7 @@ from support.codebook import CodebookHealth, codebook_usage, continue_from, read
 from support.features import open_teacher_and_images
 from support.files import UserError
 from support.optim import adamw, cosine_schedule, param_groups, set_lr
+from support.positions import grid_of
 from support.process import launch, seed_all
 from support.run import Run, dry_run
 
@@ -444,7 +445,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.dry_run:
-        dims = teachers.widths(args.teacher, args.image_size // args.patch_size, args.patch_size)
+        grid = grid_of(args.image_size, args.patch_size)
+        dims = teachers.widths(args.teacher, grid, args.patch_size)
         with torch.device("meta"):           # shapes without numbers
             model = build(args, dims)
         return dry_run(args, model, f"{model.encoder.num_patches} patches per image",

@@ -21,8 +21,9 @@ from model import PRESETS, ViT, relative_position_index
 from pretrain import BEiT
 from segment import upernet
 from support import weights
+from support.args import Size
 from support.files import UserError, write_file
-from support.positions import TABLE, grid_of, resize_pos_embed, resize_relative_table
+from support.positions import TABLE, grid_of, resize_pos_embed, resize_relative_table, sides
 from support.process import launch
 from support.weights import DEAD, INDEX, TEACHER, WRAPPERS, listed
 from vqkd import VQKD
@@ -115,9 +116,9 @@ def check_index(raw, checkpoint):
 def resize(c, image_size):
     """The same contents for images of another size: tables and embeddings are interpolated."""
     patch_size = c.arch["patch_size"]
-    if image_size < 2 * patch_size:
-        raise UserError(f"--image-size {image_size}: a patch has {patch_size} pixels, take two at "
-                        f"least")
+    least = min(sides(image_size))
+    if least < 2 * patch_size:
+        raise UserError(f"--image-size {least}: a patch has {patch_size} pixels, take two at least")
     grids = [grid_of(size, patch_size) for size in (c.arch["image_size"], image_size)]
     resized = dict(c.weights)
     for name, tensor in c.weights.items():
@@ -246,7 +247,8 @@ def parse_args(argv=None):
     p.add_argument("files", nargs="*", type=Path, metavar="IN OUT",
                    help="a checkpoint of any kind, and one to write")
     p.add_argument("--to", choices=["ours", "released", "timm"], help="whose layout OUT gets")
-    p.add_argument("--image-size", type=int, help="resize positions to images of so many pixels")
+    p.add_argument("--image-size", type=int, nargs="+", action=Size, metavar="PIXELS",
+                   help="resize positions to images of this size, or height and width")
     p.add_argument("--check", type=Path, metavar="FILE",
                    help="check every name of FILE, say what it is and good for")
     args = p.parse_args(argv)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from finetune import class_logits, hits
 from support import data, transforms, weights
 from support.args import run_parser
-from support.files import Log, UserError, rounded
+from support.files import Log, rounded
 from support.labels import open_for_classifier
 from support.process import launch
 from support.run import Run
@@ -82,15 +82,11 @@ def main(argv=None):
     run = Run("finetune_eval", args)
     model, file, _ = weights.load_backbone(checkpoint, pool=None, num_classes=None,
                                            image_size=args.image_size)
-    height, width = model.image_size
-    if height != width:
-        raise UserError(f"{args.checkpoint} was trained on images of {height}x{width}: "
-                        f"choose one --image-size")
-    args.image_size = height
+    args.image_size = model.arch()["image_size"]
+    still = transforms.EvalTransform(args.image_size)
     sets = []
     for name in args.data:                   # all of them, before the first is measured
-        sets.append(open_for_classifier(name, transforms.EvalTransform(height), args, file,
-                                        model.num_classes))
+        sets.append(open_for_classifier(name, still, args, file, model.num_classes))
     data.leave_out_bad(args, run, *[dataset for dataset, _ in sets])
     log = Log(args.out / "finetune_eval.jsonl", args, run, append=True)
     return table(model.to(run.device), args, sets, log, run)

@@ -214,7 +214,7 @@ def draw_tokenizer(args, album, path, backbone_path, hog, device):
     tokenizer = load_tokenizer(path, device)
     codebook = tokenizer.quantize.embedding.weight           # (K, D)
     codes = len(codebook)
-    size = tokenizer.encoder.image_size[0]
+    size = tokenizer.arch()["image_size"]
     gh, gw = tokenizer.encoder.grid
     if args.codes and max(args.codes) >= codes:
         raise UserError(f"--codes must lie in [0, {codes - 1}], the codes of {path}")
@@ -263,7 +263,7 @@ def draw_prediction(args, album, path, shown, patches, hog, device):
     for i in range(len(four.z)):             # the masks that pretrain.py draws when it evaluates
         seed_all(args.seed, 0, i)
         masks.append(sample_block_mask(*grid, count, min_block))
-    views = first_examples(args, model.image_size[0])
+    views = first_examples(args, model.arch()["image_size"])
     album.add("prediction", panels.draw_prediction, model, four, views, torch.stack(masks),
               patches, invert=hog)
 
@@ -274,7 +274,7 @@ def draw_backbone(args, album, path, device):
     block = args.block or model.depth        # counted from 1
     if block > model.depth:
         raise UserError(f"--block {block}: {path} has {model.depth} blocks, counted from 1")
-    views = first_examples(args, model.image_size[0])
+    views = first_examples(args, model.arch()["image_size"])
     album.add("attention", panels.draw_attention, model.to(device).eval(), views, block=block - 1)
 
 

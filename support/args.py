@@ -5,6 +5,7 @@ from pathlib import Path
 
 from model import PRESETS
 from support.files import ROOT, UserError
+from support.positions import sides
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +49,17 @@ def ranged(kind, low, high):
     return parse
 
 
+class Size(argparse.Action):
+    """nargs="+", action=Size: one number of pixels, or two, which become (height, width)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"{option_string} takes one number, or height and width, not "
+                         f"{len(values)} numbers")
+        square = len(set(values)) == 1
+        setattr(namespace, self.dest, values[0] if square else tuple(values))
+
+
 def run_parser(description, without=(), moved=None):
     """A parser that knows the flags about running. A stage adds the flags of its method.
 
@@ -68,7 +80,8 @@ def run_parser(description, without=(), moved=None):
     add("--limit", type=whole(1), help="use only the first n images of each split")
     add("--on-bad-image", default="stop", choices=["stop", "skip"],
         help="skip: read all images at the start, leave bad ones out, list them in OUT")
-    add("--image-size", type=whole(1), help="pixels; base: 224")
+    add("--image-size", type=whole(1), nargs="+", action=Size, metavar="PIXELS",
+        help="one number, or height and width; base: 224")
     add("--patch-size", type=whole(1), help="pixels; base: 16")
     add("--workers", type=whole(0, 1024), help="loader processes per rank")
     group = p.add_argument_group("run")
@@ -120,11 +133,12 @@ def fill_in(args, models, recipe):
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     check_out(args)
-    check_range(args, "patch_size", 1, args.image_size)
-    check_range(args, "image_size", args.patch_size, 128 * args.patch_size)
-    if args.image_size % args.patch_size:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of "
-                        f"--patch-size {args.patch_size}")
+    check_range(args, "patch_size", 1, min(sides(args.image_size)))
+    check_sides(args, 1)
+    for side in sides(args.image_size):
+        if side % args.patch_size:
+            raise UserError(f"--image-size {side} is not a multiple of "
+                            f"--patch-size {args.patch_size}")
 
 
 def check_preset(args, models):
@@ -159,3 +173,10 @@ def check_range(args, name, low, high):
     value = getattr(args, name)
     if not low <= value <= high:
         raise UserError(f"{flag(name)} must lie in [{low}, {high}], not {value}")
+
+
+def check_sides(args, least):
+    """UserError unless each side of --image-size has from `least` to 128 patches."""
+    for side in sides(args.image_size):
+        of_side = argparse.Namespace(image_size=side)
+        check_range(of_side, "image_size", least * args.patch_size, 128 * args.patch_size)

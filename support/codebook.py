@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from support import data, weights
 from support.files import UserError
+from support.positions import grid_of, sides
 from support.process import seed_all
 
 
@@ -137,12 +138,12 @@ def require_tokenizer(args):
 
 def require_grid(grid, args):
     """UserError if the tokenizer's patches are not those of the backbone, for which they name z."""
-    side = args.image_size // args.patch_size
-    if grid != (side, side):
+    wanted = grid_of(args.image_size, args.patch_size)
+    if grid != wanted:
+        size = " ".join(str(side) for side in dict.fromkeys(sides(args.image_size)))
         raise UserError(
-            f"the tokenizer {args.tokenizer} has {grid} patches, the backbone {(side, side)}: "
-            f"train one with python vqkd.py --image-size {args.image_size} "
-            f"--patch-size {args.patch_size}")
+            f"the tokenizer {args.tokenizer} has {grid} patches, the backbone {wanted}: "
+            f"train one with python vqkd.py --image-size {size} --patch-size {args.patch_size}")
 
 
 def continue_from(model, path):

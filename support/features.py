@@ -27,6 +27,7 @@ from tqdm import tqdm
 from support import data, transforms
 from support.files import UserError
 from support.images import shown
+from support.positions import grid_of, sides
 from support.process import seed_all
 from support.teachers import build_teacher
 
@@ -104,7 +105,7 @@ def store_features(folder, flag, name, encode, dataset, process, *, networks=(),
 
 
 def file_name(name, dataset, networks, key):
-    """NAME-DATA-SPLIT-SIZEpx-HASH.npy"""
+    """NAME-DATA-SPLIT-SIZEpx-HASH.npy, SIZE as 48 or 224x320"""
     images = getattr(dataset, "dataset", dataset)            # the data set behind a wrapper
     fields = "name split limit max_rotation".split()
     facts = [getattr(images, field, None) for field in fields]
@@ -122,7 +123,8 @@ def file_name(name, dataset, networks, key):
                             f"remove or mend the link") from error
         digest.update(repr((bytes(path), status.st_size, status.st_mtime_ns)).encode())
     place = Path(images.name).resolve().name
-    return (f"{name}-{place}-{images.split}-{images.transform.size}px-"
+    pixels = "x".join(str(side) for side in dict.fromkeys(sides(images.transform.size)))
+    return (f"{name}-{place}-{images.split}-{pixels}px-"
             f"{digest.hexdigest()[:12]}.npy")
 
 
@@ -263,8 +265,8 @@ def open_teacher_and_images(args, process):
     train_set = data.open_split(args, "train", whole_image if args.cache_teacher else crops)
     val_set = data.open_split(args, "val", whole_image)
     data.leave_out_bad(args, process, train_set, val_set)
-    side = args.image_size // args.patch_size
-    teacher = build_teacher(args.teacher, (side, side), args.patch_size, process.device)
+    grid = grid_of(args.image_size, args.patch_size)
+    teacher = build_teacher(args.teacher, grid, args.patch_size, process.device)
     if args.cache_teacher:                   # features are computed once, later only read
         how = dict(batch_size=args.micro_batch, workers=args.workers)
         folder = args.cache_teacher

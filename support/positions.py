@@ -15,9 +15,14 @@ from support.files import UserError
 TABLE = "relative_position_bias_table"           # how the names of tables end
 
 
+def sides(image_size):
+    """(height, width) of an image size, which is one number for a square, else two."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
 def grid_of(image_size, patch_size):
     """Patches per column and per row.  image_size: int or (H, W), in pixels"""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = sides(image_size)
     if height % patch_size or width % patch_size:
         raise UserError(f"the image size {height}x{width} is not a multiple of the patch size "
                         f"{patch_size}: change one")

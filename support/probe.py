@@ -22,7 +22,7 @@ class Source:
 
     name: str
     model: ViT | None        # None: the pixels
-    image_size: int
+    image_size: int | tuple  # (height, width) if they differ
     layers: list             # their names: block numbers, then "norm"
     paper: str = "cls"       # the read-out that the paper's figure stands for
 
@@ -47,7 +47,7 @@ def load_source(name, args, device):
     model = model.to(device).eval().requires_grad_(False)
     first = model.depth - min(args.blocks, model.depth)
     layers = [str(block + 1) for block in range(first, model.depth)] + ["norm"]
-    return Source(name, model, model.image_size[0], layers, paper)
+    return Source(name, model, model.arch()["image_size"], layers, paper)
 
 
 def untrained(args, size):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from model import IMAGENET_MEAN
 from support.files import UserError
 from support.images import Images, find_images, open_picture, read_image, shown, spread
+from support.positions import sides
 from support.process import seed_all
 from support.shapes import SHAPES, Shapes
 from support.transforms import BILINEAR, NEAREST
@@ -39,12 +40,13 @@ def fit_size(height, width, long, short):
 class SegmentTransform:
     """Training images and their labels: resize, crop, flip, distort the colours, pad.
 
-    size: S, side of the crop; base: 512. jitter: the image is resized to fit (4 S r, S r) with
-    r ~ U(1 / jitter, jitter); base: 2. distortion: whether the colours of the image are changed.
+    size: S, side of the crop, or (height, width), of which S is the smaller one; base: 512.
+    jitter: the image is resized to fit (4 S r, S r) with r ~ U(1 / jitter, jitter); base: 2.
+    distortion: whether the colours of the image are changed.
     """
 
     def __init__(self, size, jitter=2.0, distortion=True):
-        self.size = size
+        self.size = sides(size)
         self.jitter = jitter
         self.distortion = distortion
 
@@ -52,20 +54,26 @@ class SegmentTransform:
         """image (3, H, W), labels (H, W) -> image (3, S, S), labels (S, S), all uint8"""
         from torchvision.transforms.v2 import functional as VF           # slow to import
         r = 1 / self.jitter + (self.jitter - 1 / self.jitter) * torch.rand(()).item()
-        size = fit_size(*labels.shape, 4 * self.size * r, self.size * r)
+        short = min(self.size)
+        size = fit_size(*labels.shape, 4 * short * r, short * r)
         if size != tuple(labels.shape):
             # Bilinear without antialiasing, and nearest by rounding down, as OpenCV has them,
             # which the authors use. Labels are numbers of classes: their mean has no meaning.
             image = VF.resize(image, size, BILINEAR, antialias=False)
             labels = VF.resize(labels[None], size, NEAREST)[0]
         top, left = self.draw_corner(labels)
-        image = image[:, top:top + self.size, left:left + self.size]
-        labels = labels[top:top + self.size, left:left + self.size]
+        place = self.window(top, left)
+        image = image[:, *place]
+        labels = labels[place]
         if torch.rand(()).item() < 0.5:
             image, labels = image.flip(-1), labels.flip(-1)
         if self.distortion:
             image = distort(image)
         return self.pad(image, labels)
+
+    def window(self, top, left):
+        """The rows and columns of a crop."""
+        return slice(top, top + self.size[0]), slice(left, left + self.size[1])
 
     def draw_corner(self, labels):
         """The corner (top, left) of a crop that shows several classes.
@@ -73,10 +81,10 @@ class SegmentTransform:
         Recipe, not in the paper: ten crops are looked at. If none of them is varied, the next one
         is taken as it is.
         """
-        room = [max(side - self.size, 0) for side in labels.shape]
+        room = [max(side - own, 0) for side, own in zip(labels.shape, self.size, strict=True)]
         for tries in range(11):
             top, left = (int(torch.randint(r + 1, ())) for r in room)
-            crop = labels[top:top + self.size, left:left + self.size]
+            crop = labels[self.window(top, left)]
             if tries == 10 or not any(room) or is_varied(crop):
                 return top, left
 
@@ -84,7 +92,9 @@ class SegmentTransform:
         """Fill up to S x S on the right and at the bottom: the mean colour, IGNORE as the label."""
         from torchvision.transforms.v2 import functional as VF
         height, width = labels.shape
-        border = [0, 0, self.size - width, self.size - height]           # left, top, right, bottom
+        right = self.size[1] - width
+        bottom = self.size[0] - height
+        border = [0, 0, right, bottom]                       # left, top, right, bottom
         # Differs from the recipe, which pads with 0 after normalising. The mean colour is that 0,
         # here rounded to bytes: off by at most 0.01 after normalising.
         mean = [round(255 * m) for m in IMAGENET_MEAN]

@@ -60,7 +60,7 @@ def read_start(args):
 
 
 def refuse_other_sizes(args, checkpoint):
-    """UserError if --model or --patch-size differ from the file, or --image-size is needed."""
+    """UserError if --model or --patch-size differ from the file."""
     path = checkpoint.name
     sizes = checkpoint.backbone
     width = PRESETS[args.model]["width"]
@@ -70,9 +70,6 @@ def refuse_other_sizes(args, checkpoint):
     if args.patch_size not in (None, sizes["patch_size"]):
         raise UserError(f"--patch-size {args.patch_size}: the weights in {path} have "
                         f"{sizes['patch_size']}; leave the flag out")
-    if args.image_size is None and not isinstance(sizes["image_size"], int):
-        raise UserError(f"{path} was trained on images of {sizes['image_size']}: choose one "
-                        f"--image-size")
 
 
 def start_backbone(args, checkpoint, **options):

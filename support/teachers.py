@@ -59,10 +59,10 @@ def build_teacher(name, grid, patch_size, device):
     return teacher
 
 
-def widths(name, side, patch_size):
+def widths(name, grid, patch_size):
     """C of each teacher, for --dry-run. Those of the paper are known without building them."""
     known = dict(clip=512, dino=768)
-    return [known.get(one) or build_one(one, (side, side), patch_size, "cpu").dim
+    return [known.get(one) or build_one(one, grid, patch_size, "cpu").dim
             for one in split_names(name)]
 
 

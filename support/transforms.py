@@ -17,6 +17,7 @@ import torch
 from model import IMAGENET_MEAN, IMAGENET_STD
 from support.files import UserError
 from support.images import Photo
+from support.positions import sides
 
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"     # the authors' RandAugment, as timm describes it
 # Interpolations have Pillow's numbers here, and BICUBIC computes as Pillow, which the authors use.
@@ -27,15 +28,17 @@ MARGIN = 1.5
 
 
 def cut(image, window, size):
-    """The pixels of a window that will be resized to size x size.
+    """The pixels of a window that will be resized to `size`: size x size, or (height, width).
 
     image: (3, H, W) uint8, or a Photo, which is decoded at 1/s of its size: s is 1, 2, 4 or 8, the
-    largest that leaves MARGIN * size pixels a side to the window.
+    largest that leaves MARGIN * size pixels to each side of the window.
     -> pixels of the window (3, h / s, w / s), the whole image (3, H / s, W / s)
     """
     s = 1
     if isinstance(image, Photo):
-        while s < 8 and min(window["height"], window["width"]) >= 2 * s * MARGIN * size:
+        height, width = sides(size)
+        room = min(window["height"] / height, window["width"] / width)
+        while s < 8 and room >= 2 * s * MARGIN:
             s *= 2
         image = image.decode(s)
     # If s > 1, an edge is rounded to a coarse pixel: by a third of a pixel of the view at most.
@@ -49,19 +52,24 @@ def cut(image, window, size):
 class RandomCrop:
     """A random window, resized (bicubic) to each of `sizes`: a tensor for one size, else a tuple.
 
-    The window has an area of `scale` times the image's and an aspect of 3/4 to 4/3. After ten
-    draws that do not fit into the image, the window is the largest one around the centre.
+    A size is a side of a square, or (height, width); all of them have the same aspect.
+    The window has an area of `scale` times the image's, and an aspect of 3/4 to 4/3 times that of
+    the sizes. After ten draws that do not fit into the image, the window is the largest one around
+    the centre.
     """
 
     def __init__(self, sizes, scale):
         from torchvision.transforms import v2
-        self.window = v2.RandomResizedCrop(sizes[0], scale)
         self.sizes = sizes
+        height, width = sides(sizes[0])
+        self.aspect = width / height
+        aspects = 3 / 4 * self.aspect, 4 / 3 * self.aspect
+        self.window = v2.RandomResizedCrop((height, width), scale, aspects)
 
     def draw(self, image):
         """-> dict(top, left, height, width), in pixels"""
         height, width = image.shape[-2:]
-        if self.window.scale[0] == 1 and height == width:
+        if self.window.scale[0] == 1 and height * self.aspect == width:
             # Only the whole image has its own area, so there is nothing to draw.
             return dict(top=0, left=0, height=height, width=width)
         return self.window.make_params([torch.empty(3, height, width, device="meta")])
@@ -70,7 +78,7 @@ class RandomCrop:
         from torchvision.transforms.v2 import functional as VF
         views = []
         for size in self.sizes:
-            view = VF.resize(pixels, [size, size], **BICUBIC)
+            view = VF.resize(pixels, list(sides(size)), **BICUBIC)
             views.append(view.flip(-1) if flipped else view)
         return tuple(views) if len(views) > 1 else views[0]
 
@@ -228,9 +236,10 @@ def pixels_of(image):
 
 
 class EvalTransform:
-    """Resize the shorter side to 256/224 of `size` (bicubic) -> crop the centre, size x size.
+    """Resize to 256/224 of `size` (bicubic) -> crop the centre, size x size or (height, width).
 
-    From 384 pixels on, the whole image is resized to size x size instead.
+    A square decides by the shorter side of the image. From 384 pixels on, the whole image is
+    resized to size x size instead.
     Differs from the recipe for images of at most 64 px a side (shapes, CIFAR): they are shown
     whole, since their objects fill them to the edge. An image that has the size already is left
     untouched.
@@ -243,16 +252,23 @@ class EvalTransform:
         from torchvision.transforms.v2 import functional as VF
         image = pixels_of(image)
         shape = list(image.shape[-2:])
-        square = [self.size, self.size]
-        if self.size >= 384 or max(shape) <= 64:
-            return image if shape == square else VF.resize(image, square, **BICUBIC)
+        target = list(sides(self.size))
+        if min(target) >= 384 or max(shape) <= 64:
+            return image if shape == target else VF.resize(image, target, **BICUBIC)
         # Of a strip, say 20,000 x 10, the crop shows the middle. We cut it before resizing:
         # enlarged as a whole, the strip would fill the memory.
         longest = 8 * min(shape)
         if max(shape) > longest:
             image = VF.center_crop(image, [min(side, longest) for side in shape])
-        image = VF.resize(image, [self.size * 256 // 224], **BICUBIC)
-        return VF.center_crop(image, square)
+        image = VF.resize(image, self.covering(target, *image.shape[-2:]), **BICUBIC)
+        return VF.center_crop(image, target)
+
+    def covering(self, target, height, width):
+        """The least size of the image's aspect whose sides are 256/224 of the target's, or more."""
+        least_height, least_width = [side * 256 // 224 for side in target]
+        if least_height * width >= least_width * height:     # the height decides
+            return [least_height, int(least_height * width / height)]
+        return [int(least_width * height / width), least_width]
 
 
 class MIMEvalTransform:

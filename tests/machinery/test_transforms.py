@@ -383,7 +383,7 @@ def test_the_centre_crop_leaves_the_margin_of_224_in_256(size, margin, monkeypat
 
     monkeypatch.setattr(VF, "resize", watched)
     transforms.EvalTransform(size)(photo(300, 400))
-    assert sizes == [[margin]]
+    assert sizes == [[margin, margin * 400 // 300]]
 
 
 def test_evaluation_shows_shapes_and_cifar_whole():
