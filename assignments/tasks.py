@@ -44,7 +44,7 @@ TASKS = {
             "decay_0 or codebook_term", tells=r"direction\) /"),
     },
     "A3": {
-        "vqkd.py::kmeans": Task(5, "ema properties", "kmeans", tells=r"by_hand\[k\] = ",
+        "vqkd.py::kmeans": Task(5, "ema properties", "kmeans or centre", tells=r"by_hand\[k\] = ",
                              twins="results/ablate.py::without_l2"),
         "support/codebook.py::codebook_usage": Task(
             4, "ema codebook_health properties", "perplexity or entropy or commonest or usage or "
@@ -68,7 +68,7 @@ TASKS = {
             3, "aggregation", "aggregat or cls_head", tells=r"cat\(\[last|early\[:, 1:\]"),
         "pretrain.py::BEiT.streams": Task(
             5, "aggregation", "layer_l or second_loss or shallow or head or hidden or logits or "
-            "tokens", tells=r"in model\.cls_pt_layers:\n"),
+            "tokens or stream", tells=r"in model\.cls_pt_layers:\n"),
         "pretrain.py::BEiT.forward": Task(
             4, "aggregation", "second_loss or shallow or head or hidden or logits or tokens",
             tells=r"lm_head\(model\.norm"),

@@ -138,6 +138,12 @@ def test_kmeans_makes_as_many_rounds_as_it_is_asked_for():
         assert torch.equal(counts_of_last, counts)
 
 
+def test_a_centre_that_one_vector_chose_goes_to_that_vector():
+    x = torch.eye(3)[:2]
+    centres = l2(x + torch.tensor([0.0, 0.0, 0.3]))
+    torch.testing.assert_close(kmeans(x, centres)[0], x)
+
+
 def test_kmeans_leaves_vectors_and_start_alone():
     x, centres = l2(torch.randn(60, 3)), l2(torch.randn(8, 3))
     before = x.clone(), centres.clone()
