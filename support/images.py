@@ -226,6 +226,9 @@ def reading(path, kind="image"):
             yield
     except Exception as error:               # a decoder may raise anything on a broken file
         reason = " ".join(str(error).split())
+        is_tiff = os.fsdecode(path).lower().endswith((".tif", ".tiff"))
+        if is_tiff and isinstance(error, Image.UnidentifiedImageError):
+            reason = "a damaged TIFF, or one of other channels than grey or RGB"
         raise UserError(f"cannot read the {kind} {shown(path)} ({reason}): "
                         f"remove it or replace it") from error
 
@@ -255,6 +258,7 @@ def read_image(path, s=1):
 def pixels_of(image, s=1):
     """What read_image says, of an open picture."""
     from PIL import Image, ImageOps
+    refuse_bands(image)
     if s > 1:
         width, height = image.size
         image.draft(None, (max(1, width // s), max(1, height // s)))
@@ -267,6 +271,9 @@ def pixels_of(image, s=1):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError("its pixels are 32-bit numbers of unknown range")
+        if 0 < levels.max() < 4096:          # a camera or scanner of 12 bits: nearly black here
+            raise ValueError(f"its 16-bit values reach only {levels.max()} of 65535: scale them to "
+                             f"8 bits first")
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -277,6 +284,17 @@ def pixels_of(image, s=1):
     pixels = np.array(image)                                 # (H, W, 3)
     # No copy: channels stay side by side in memory, which makes cropping faster.
     return torch.from_numpy(pixels).permute(2, 0, 1)         # (3, H, W)
+
+
+def refuse_bands(image):
+    """ValueError for a TIFF of other channels than grey, RGB, CMYK: Pillow would drop some."""
+    tags = getattr(image, "tag_v2", {})
+    channels = tags.get(277, 1)              # TIFF's numbers: SamplesPerPixel, ExtraSamples, ...
+    alpha = sum(kind in (1, 2) for kind in tags.get(338, ()))
+    is_cmyk = tags.get(262) == 5             # ... PhotometricInterpretation
+    if channels - alpha not in (1, 3, 4 if is_cmyk else 3):
+        raise ValueError(f"it has {channels - alpha} channels, networks here read three: choose "
+                         f"three and save them as RGB")
 
 
 class Photo:

@@ -699,6 +699,7 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ("a smaller batch may be odd", "unit = 2 * parts", "unit = parts"),
     ],
     "support/images.py": [
+        ("a fourth channel is dropped in silence", "    refuse_bands(image)\n", ""),
         (
             "a sample alike in every epoch",
             "seed_all(self.seed, epoch, index)",

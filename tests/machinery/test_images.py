@@ -138,6 +138,51 @@ def test_every_exif_orientation_ends_upright(tmp_path, turn):
     assert (read_image(tmp_path / "a.png").permute(1, 2, 0).numpy() == upright).all()
 
 
+def bands(path, channels, kind=np.uint8, extra=0, alpha=0):
+    """An uncompressed TIFF 4 x 4; of the channels `extra` are not named, `alpha` is a mask."""
+    size = np.dtype(kind).itemsize
+    pixels = np.full((4, 4, channels), 100, kind).tobytes()
+    words = [(258, [8 * size] * channels), (338, [0] * extra + [2] * alpha)]
+    tags = {256: 4, 257: 4, 259: 1, 262: 1 + (channels > 2), 277: channels, 278: 4,
+            279: len(pixels)}
+    long = {tag: np.array(values, "<u2").tobytes() for tag, values in words if values}
+    start = 8 + 2 + 12 * (len(tags) + len(long) + 1) + 4
+    entries, behind = [], b""
+    for tag, contents in long.items():
+        value = contents.ljust(4, b"\0")
+        if len(contents) > 4:
+            value = struct.pack("<I", start + len(behind))
+            behind += contents
+        entries.append((tag, struct.pack("<HHI", tag, 3, len(contents) // 2) + value))
+    tags[273] = start + len(behind)
+    entries += [(tag, struct.pack("<HHII", tag, 4, 1, value)) for tag, value in tags.items()]
+    table = b"".join(entry for _, entry in sorted(entries))
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4)
+                     + behind + pixels)
+    return path
+
+
+@pytest.mark.parametrize("channels, options, says", [
+    (4, dict(extra=1), "it has 4 channels, networks here read three: choose three"),
+    (6, dict(extra=3), "it has 6 channels"), (5, dict(extra=1, alpha=1), "other channels than grey or RGB"),
+    (13, dict(extra=10, kind=np.uint16), "other channels than grey or RGB"),
+    (2, dict(extra=1), "it has 2 channels")])
+def test_a_picture_of_other_channels_is_one_sentence(tmp_path, channels, options, says):
+    assert says in sentence(read_image, bands(tmp_path / "scene.tif", channels, **options))
+
+
+@pytest.mark.parametrize("channels, options", [(1, {}), (3, {}), (4, dict(alpha=1))])
+def test_a_tiff_of_grey_or_rgb_is_read_with_a_mask_or_without(tmp_path, channels, options):
+    assert read_image(bands(tmp_path / "scene.tif", channels, **options)).shape == (3, 4, 4)
+
+
+def test_sixteen_bits_of_which_twelve_are_used_are_one_sentence(tmp_path):
+    for highest in (4095, 4096):
+        save(tmp_path / f"{highest}.png", Image.fromarray(np.full((4, 4), highest, np.uint16)))
+    assert "reach only 4095 of 65535: scale" in sentence(read_image, tmp_path / "4095.png")
+    assert (read_image(tmp_path / "4096.png") == 16).all()
+
+
 def test_a_damaged_exif_note_costs_neither_the_image_nor_a_warning(tmp_path):
     image, note = noise(), Image.Exif()
     note[0x0112], note[0x010F] = 3, "a camera"               # taken upside down
