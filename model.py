@@ -10,7 +10,7 @@ Read in this order: relative_position_index, Attention, Block, ViT, initialise. 
 from this file; it is no command itself.
 """
 # Shapes:  B images, N = gh x gw patches, T = 1 + N tokens ([CLS] is the first), D width, H heads,
-#          m tokens of each image that a block is asked for (queries)
+#          m tokens of each image that a block computes, if not all (queries)
 import functools
 import math
 
@@ -32,19 +32,19 @@ PRESETS = {  # base and large: the appendix's tables of hyper-parameters; tiny a
     "base": dict(image_size=224, patch_size=16, width=768, depth=12, heads=12, layer_scale=0.1),
     "large": dict(image_size=224, patch_size=16, width=1024, depth=24, heads=16, layer_scale=1e-5),
 }
-# What --checkpoint-activations keeps of a block, beside its input: the outputs of linear layers.
+# What --checkpoint-activations keeps of a block besides its input: the outputs of linear layers.
 KEPT = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-# Recipe, not in the paper. torch's default is 1e-5, which changes every token in the fourth digit.
+# Recipe, not in the paper. torch's default, 1e-5, would change every token in the fourth digit.
 LAYER_NORM_EPS = 1e-6
 
 
-@functools.cache                             # once per device: copying a list makes a GPU wait
+@functools.cache                             # one copy per device: each copy makes a GPU wait
 def per_channel(values, device):
-    return torch.tensor(values, device=device).view(3, 1, 1)
+    return torch.tensor(values, device=device).view(3, 1, 1)                 # for (B, 3, H, W)
 
 
 def imagenet_normalize(images):
-    """The backbone's input: images (B, 3, H, W) in [0, 1] to mean 0 and variance 1 per channel."""
+    """Images (B, 3, H, W) in [0, 1] -> input of the backbone, by ImageNet's mean and std."""
     mean = per_channel(IMAGENET_MEAN, images.device)
     std = per_channel(IMAGENET_STD, images.device)
     return (images - mean) / std
@@ -52,14 +52,14 @@ def imagenet_normalize(images):
 
 # --- relative positions ---------------------------------------------------------------------------
 def relative_position_index(gh, gw):
-    """Which row of the position table each (query, key) pair of tokens reads.  -> (T, T) long
+    """The row of the position table that each pair (query, key) of tokens reads.  -> (T, T) long
 
     The first (2gh-1)(2gw-1) rows belong to the offsets (dy, dx) between two patches. The last
     three rows belong to the pairs with [CLS].
     """
     y, x = torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
     y, x = y.flatten(), x.flatten()                          # (N,)
-    dy = y[:, None] - y[None, :] + gh - 1                    # (N, N)  query minus key; 0 is least
+    dy = y[:, None] - y[None, :] + gh - 1                    # (N, N)  query - key, from 0 on
     dx = x[:, None] - x[None, :] + gw - 1
     rows = (2 * gh - 1) * (2 * gw - 1)
     index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.long)
@@ -71,42 +71,42 @@ def relative_position_index(gh, gw):
 
 
 def position_table(grid, heads):
-    """(2gh-1)(2gw-1) + 3 rows of H numbers. All are zero at the start: no position is preferred."""
+    """(2gh-1)(2gw-1) + 3 rows of H numbers, zero at the start: no position is preferred."""
     return nn.Parameter(torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads))
 
 
 def position_bias(table, index):
-    """What is added to the attention logits of each pair of tokens.  -> (H, T, T)
+    """What is added to the attention logits: table (rows, H), index (T, T) -> (H, T, T)
 
-    On CUDA the rows get up to 7 keys more, which -inf hides. The fused attention needs rows of a
-    multiple of 8 numbers, and would otherwise copy the bias in every block.
+    On CUDA each query gets up to 7 padding keys, whose -inf keeps them out of the soft-max. The
+    fused attention needs rows of a multiple of 8 numbers, or else copies the bias in every block.
     """
     bias = F.embedding(index, table).permute(2, 0, 1)
     if table.is_cuda:
-        bias = F.pad(bias, (0, -len(index) % 8), value=-math.inf)            # (H, T, T + hidden)
+        bias = F.pad(bias, (0, -len(index) % 8), value=-math.inf)            # (H, T, T + padding)
     return bias.contiguous()
 
 
 # --- one block ------------------------------------------------------------------------------------
 def attention_weights(q, k, bias=None):
-    """softmax(q k^T / sqrt(D/H) + bias): the bias is not scaled.  -> (B, H, T, T)"""
+    """softmax(q k^T / sqrt(D/H) + bias).  q, k (B, H, T, D/H), bias (H, T, T) -> (B, H, T, T)"""
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias[..., :k.shape[2]]             # without the hidden keys
+    if bias is not None:                                     # it is not scaled
+        logits = logits + bias[..., :k.shape[2]]             # without the padding keys
     return logits.softmax(dim=-1)
 
 
 def attention(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(D/H) + bias) v.  3 x (B, H, T, D/H) -> (B, H, T, D/H)"""
-    # On a CPU with a bias to learn or with bfloat16, two plain products are the fastest.
+    """softmax(q k^T / sqrt(D/H) + bias) v.  q, k, v (B, H, T, D/H) -> (B, H, T, D/H)"""
+    # On a CPU, with a bias or with bfloat16, two plain products are faster than the fused kernel.
     if q.device.type == "cpu" and (bias is not None or q.dtype != torch.float32):
         return attention_weights(q, k, bias).to(v.dtype) @ v
     # Elsewhere one fused kernel computes the same and never stores the T x T weights.
     if bias is not None:
-        hidden = bias.shape[-1] - k.shape[2]                 # keys that -inf hides
-        k = F.pad(k, (0, 0, 0, hidden))
-        v = F.pad(v, (0, 0, 0, hidden))
-        bias = bias.to(q.dtype).expand(len(q), -1, -1, -1)
+        padding = bias.shape[-1] - k.shape[2]                # the keys whose bias is -inf
+        k = F.pad(k, (0, 0, 0, padding))
+        v = F.pad(v, (0, 0, 0, padding))
+        bias = bias.to(q.dtype).expand(len(q), -1, -1, -1)   # (B, H, T, T + padding)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -114,7 +114,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with a position bias on its logits.
 
     q and v have a bias vector. One for k would add the same number to all logits of a query,
-    and the soft-max would not change.
+    which does not change their soft-max.
     """
 
     def __init__(self, width, heads, grid=None):
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
-        # With a grid this block has its own table (fine-tuning). Without, it uses the shared one.
+        # With a grid the block has a table of its own (fine-tuning). Without, it has none.
         self.relative_position_bias_table = None if grid is None else position_table(grid, heads)
 
     def queries_keys_values(self, x):
@@ -135,27 +135,27 @@ class Attention(nn.Module):
         return qkv.view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
 
     def bias(self, index, shared):
-        """The position bias of this block (H, T, T): from its own table, or the shared one."""
+        """The position bias (H, T, T): from the block's own table, else the one that is shared."""
         if self.relative_position_bias_table is None:
             return shared                                    # None with absolute positions
         return position_bias(self.relative_position_bias_table, index)
 
     def forward(self, x, index=None, shared=None, queries=None):
-        """x (B, T, D), normalised -> (B, T, D); with queries (B, m) only these tokens, (B, m, D).
+        """x (B, T, D), after LayerNorm -> (B, T, D), or (B, m, D) of the token numbers in queries.
 
-        index (T, T): of relative_position_index. shared (H, T, T): the bias of a shared table.
+        index (T, T): relative_position_index. shared (H, T, T): position_bias of the shared table.
         """
         q, k, v = self.queries_keys_values(x)
         bias = self.bias(index, shared)
-        if queries is not None:              # only these tokens ask, and they still see all T keys
+        if queries is not None:              # (B, m): fewer queries, but each sees all T keys
             q = q.take_along_dim(queries[:, None, :, None], dim=2)           # (B, H, m, D/H)
             bias = None if bias is None else bias[:, queries].transpose(0, 1)    # (B, H, m, T)
         out = attention(q, k, v, bias)
-        return self.proj(out.transpose(1, 2).flatten(2))     # heads side by side: (B, T, D)
+        return self.proj(out.transpose(1, 2).flatten(2))     # (B, T, D), the heads side by side
 
 
 class Mlp(nn.Module):
-    """Two linear layers and the exact GELU. Its tanh approximation differs in the fourth digit."""
+    """Two linear layers and the exact GELU (by tanh, the fourth digit would be another)."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -167,10 +167,10 @@ class Mlp(nn.Module):
 
 
 def drop_path(x, rate, training):
-    """Stochastic depth: a random share `rate` of the samples skips the branch that gave x."""
+    """Stochastic depth: x (B, T, D) becomes 0 for a share `rate` of the images, by chance."""
     if rate == 0 or not training:
         return x
-    keep = 1 - rate
+    keep = 1 - rate                          # x / keep: the mean over the draws stays x
     return x * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep).to(x.dtype) / keep
 
 
@@ -184,14 +184,14 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, grid)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        # Layer scale: a learned factor per channel. A small one starts near the identity.
+        # Layer scale: a learned factor per channel. If it is small, a block starts as identity.
         self.gamma_1 = self.gamma_2 = None
         if layer_scale > 0:
             self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale))
 
     def forward(self, x, index=None, shared=None, queries=None):
-        """x (B, T, D) -> (B, T, D); with queries (B, m) only these tokens, (B, m, D)."""
+        """x (B, T, D) -> (B, T, D), or (B, m, D) of the token numbers in queries (B, m)."""
         attended = self.attn(self.norm1(x), index, shared, queries)
         if queries is not None:
             x = x.take_along_dim(queries[..., None], dim=1)  # (B, m, D)
@@ -199,7 +199,7 @@ class Block(nn.Module):
         return x + self.branch(self.mlp(self.norm2(x)), self.gamma_2)
 
     def branch(self, y, gamma):
-        """What is added to x: gamma * y, for some samples nothing."""
+        """What is added to x: gamma * y, or 0 for the images that drop_path draws."""
         if gamma is not None:
             y = gamma * y
         return drop_path(y, self.drop_path, self.training)
@@ -220,13 +220,13 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer with the read-outs that BEiT v2 needs.
 
-    image_size: pixels, one number or (height, width).
+    image_size: in pixels, one number or (height, width). layer_scale: gamma at the start, 0: none.
     positions: "absolute" (a learned vector per token), "shared" (one relative table for all
         blocks) or "per_block" (a relative table in each).
-    drop_path: rate of stochastic depth in the last block.
+    drop_path: rate of stochastic depth in the last block. num_classes: 0 for no head.
     pool: where the last LayerNorm sits. "mean": after the mean over the patches, without [CLS]
         (fc_norm). "cls" and None: on every token (norm); a classifier then reads [CLS].
-    ValueError if the sides are no multiples of the patch size.
+    ValueError if the sides are not multiples of the patch size.
     """
 
     def __init__(self, image_size=224, patch_size=16, width=768, depth=12, heads=12, *,
@@ -235,7 +235,7 @@ class ViT(nn.Module):
         super().__init__()
         if isinstance(image_size, int):
             image_size = image_size, image_size
-        height, breadth = image_size
+        height, breadth = image_size         # breadth: `width` is D
         if height % patch_size or breadth % patch_size:
             raise ValueError(f"image size {height}x{breadth} is not a multiple of the patch size "
                              f"{patch_size}")
@@ -252,7 +252,7 @@ class ViT(nn.Module):
         self.layer_scale = layer_scale
         self.pool = pool
         self.num_classes = num_classes
-        self.checkpoint_activations = False                  # True: less memory, a little more work
+        self.checkpoint_activations = False                  # True: less memory, more work
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = PatchEmbed(patch_size, in_channels, width)
@@ -265,8 +265,8 @@ class ViT(nn.Module):
             table = position_table(self.grid, heads)
             self.rel_pos_bias = nn.ParameterDict({"relative_position_bias_table": table})
         self.register_buffer("relative_position_index", index, persistent=False)   # never saved
-        # Stochastic depth grows linearly: all later blocks build on the early ones. The rates are
-        # numbers even where the parameters are on the device "meta", which holds shapes only.
+        # Rates of stochastic depth grow linearly from 0: all later blocks need the early ones.
+        # "cpu": they are numbers even if the parameters are on "meta", which holds shapes only.
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         own_table = self.grid if positions == "per_block" else None
         self.blocks = nn.ModuleList(
@@ -281,7 +281,7 @@ class ViT(nn.Module):
         rescale_residual_branches(self.blocks)
         for name, table in self.named_parameters():
             if position_std and name.endswith("relative_position_bias_table"):
-                nn.init.normal_(table, std=position_std)     # ours, for tiny
+                nn.init.normal_(table, std=position_std)     # ours, for tiny: see PRESETS
 
     def arch(self):
         """The sizes that a file states beside the weights: ViT(**model.arch()) has its shapes."""
@@ -294,7 +294,7 @@ class ViT(nn.Module):
     def embed(self, x, mask=None):
         """Images (B, C, H, W) -> tokens (B, T, D).  mask (B, N) bool: patches to hide.
 
-        Only stage 2 hides patches: its BEiT (pretrain.py) has the mask token.
+        Only stage 2 hides patches, and only its BEiT (pretrain.py) has a mask_token.
         ValueError for images of another size than the model was built for.
         """
         if tuple(x.shape[-2:]) != self.image_size:
@@ -304,21 +304,21 @@ class ViT(nn.Module):
         x = self.patch_embed(x)                              # (B, N, D)
         if mask is not None:
             # The mask token replaces the whole embedding, so nothing of the pixels is left.
-            # [CLS] comes afterwards: it is never hidden.
+            # [CLS] is put in front afterwards: it is never hidden.
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         cls = self.cls_token.expand(x.shape[0], -1, -1)
         x = torch.cat([cls.to(x.dtype), x], dim=1)           # (B, T, D)
         return x if self.pos_embed is None else x + self.pos_embed
 
     def shared_bias(self):
-        """Pre-training's position bias for all blocks (H, T, T), built once per step; or None."""
+        """The position bias (H, T, T) of positions="shared", for all blocks; otherwise None."""
         if self.rel_pos_bias is None:
             return None
         table = self.rel_pos_bias.relative_position_bias_table
         return position_bias(table, self.relative_position_index)
 
     def run(self, block, x, shared, queries=None):
-        """One block. With checkpoint_activations, backward computes all but KEPT a second time."""
+        """One block. With checkpoint_activations, backward computes all but KEPT once more."""
         inputs = x, self.relative_position_index, shared, queries
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return block(*inputs)
@@ -328,8 +328,8 @@ class ViT(nn.Module):
     def features(self, x, blocks=None, mask=None, shared=None, queries=None):
         """Outputs of the 0-based `blocks` (default: all), before any norm.  -> list of (B, T, D)
 
-        shared: shared_bias(), if the caller needs it, too.
-        queries (B, m): the tokens wanted of the uppermost of these blocks, which gives (B, m, D).
+        shared: shared_bias(), if the caller has it already.
+        queries (B, m): the last of these blocks computes only these tokens, (B, m, D).
         """
         if blocks is None:
             blocks = range(self.depth)
@@ -337,7 +337,7 @@ class ViT(nn.Module):
         if shared is None:
             shared = self.shared_bias()
         x = self.embed(x, mask)
-        last = max(wanted)                                   # blocks above it need not run
+        last = max(wanted)                                   # later blocks need not run
         outputs = {}
         for i in range(last + 1):
             x = self.run(self.blocks[i], x, shared, queries if i == last else None)
@@ -349,7 +349,7 @@ class ViT(nn.Module):
         """Normalised images -> the vector (B, D) that a classifier reads."""
         x, = self.features(x, blocks=[-1])
         if self.pool == "mean":
-            return self.fc_norm(x[:, 1:].mean(dim=1))        # first the mean, then LayerNorm
+            return self.fc_norm(x[:, 1:].mean(dim=1))        # the mean first, then LayerNorm
         return self.norm(x)[:, 0]
 
     def forward(self, x):
@@ -362,12 +362,12 @@ class ViT(nn.Module):
 
 # --- initialisation -------------------------------------------------------------------------------
 def initialise(module, std=0.02, cut=100.0, convolutions=False):
-    """Truncated normal weights and zero biases for the linear layers and token vectors inside.
+    """Truncated normal weights, zero biases: linear layers, [CLS], mask token, absolute positions.
 
     cut: values lie within `cut` standard deviations. Recipe, not in the paper: tokenizer and
     fine-tuning have 100, which cuts nothing, and leave the patch convolution as torch makes it.
-    Pre-training has 1 and convolutions=True. A normal cut at one standard deviation keeps only
-    0.54 of it, so the weights have a real std of 0.0108.
+    Pre-training has 1 and convolutions=True. A normal that is cut at one standard deviation has
+    0.54 of its std: the weights of base have 0.0108, not 0.02.
     """
     for m in module.modules():
         if isinstance(m, nn.Linear) or (convolutions and isinstance(m, nn.Conv2d)):
@@ -382,10 +382,10 @@ def initialise(module, std=0.02, cut=100.0, convolutions=False):
 
 @torch.no_grad()
 def rescale_residual_branches(blocks, first_layer=1):
-    """Divide what a block adds to its input by sqrt(2 * layer), layers counted from 1.
+    """Divide the last weights of both branches of a block by sqrt(2 * layer), layers from 1 on.
 
-    Recipe, not in the paper. Each block adds two branches; this keeps the variance of the sum
-    about level with depth.
+    Recipe, not in the paper. Each layer adds two branches to x. The variance of x then grows like
+    the logarithm of the depth. Without the division it would grow like the depth.
     """
     for layer, block in enumerate(blocks, start=first_layer):
         block.attn.proj.weight.div_(math.sqrt(2.0 * layer))
