@@ -164,7 +164,8 @@ def bands(path, channels, kind=np.uint8, extra=0, alpha=0):
 
 @pytest.mark.parametrize("channels, options, says", [
     (4, dict(extra=1), "it has 4 channels, networks here read three: choose three"),
-    (6, dict(extra=3), "it has 6 channels"), (5, dict(extra=1, alpha=1), "other channels than grey or RGB"),
+    (6, dict(extra=3), "it has 6 channels"),
+    (5, dict(extra=1, alpha=1), "other channels than grey or RGB"),
     (13, dict(extra=10, kind=np.uint16), "other channels than grey or RGB"),
     (2, dict(extra=1), "it has 2 channels")])
 def test_a_picture_of_other_channels_is_one_sentence(tmp_path, channels, options, says):
