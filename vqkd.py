@@ -3,7 +3,7 @@
     image --encoder--> h --nearest code--> v --decoder--> o   pulled towards   t = teacher(image)
 
 The decoder has to predict a teacher's features (CLIP, DINO) of every patch, and it sees nothing but
-the codes. So a code comes to stand for what the teacher's features mean. Afterwards teacher and
+the codes. So a code comes to stand for what the teacher's features mean. After stage 1 teacher and
 decoder are dropped. Encoder and codebook stay: stage 2 predicts the codes of hidden patches.
 
 Read in this order: nearest_code, straight_through, vqkd_loss, ema_update, kmeans, VQKD, train.
@@ -11,8 +11,8 @@ Read in this order: nearest_code, straight_through, vqkd_loss, ema_update, kmean
     python vqkd.py                                           # tiny on built-in shapes, CPU
     torchrun --nproc_per_node=8 vqkd.py --model base --data /imagenet    # the paper's run
 """
-# Shapes:  B images, N = gh x gw patches per image, K codes, D code width, C teacher width,
-#          n vectors in k-means
+# Shapes:  B images, N = gh x gw patches per image, K codes, D numbers per code,
+#          C numbers of the teacher per patch, n vectors in k-means
 import math
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from support.run import Run, dry_run
 
 # --- method: look-up and loss ---------------------------------------------------------------------
 def l2(x):
-    """l2(x) of the equations: every vector divided by its length."""
+    """l2(x) of the equations: every vector of x (..., D) divided by its length."""
     return F.normalize(x, dim=-1)
 
 
@@ -46,19 +46,20 @@ def nearest_code(h, codebook):
 
     On the unit sphere ||a - b||^2 = 2 - 2 a.b, so the nearest code has the largest cosine.
     """
-    # Always float32: with bf16 about 1 id in 300 would change.
+    # Differs from the released code, whose products are float16 under autocast. Here they are
+    # float32. Of random vectors, 1 in 400 would get another id with float16, 1 in 36 with bfloat16.
     with torch.autocast(h.device.type, enabled=False):
         v = l2(codebook.float())                             # (K, D)
-        # 4096 vectors at a time, as the cosines of all of them with all codes may fill gigabytes.
+        # 4096 vectors at a time: the cosines of all vectors with all codes may fill gigabytes.
         parts = l2(h.float()).reshape(-1, h.shape[-1]).split(4096)
-        z = [(part @ v.T).argmax(dim=-1) for part in parts]
+        z = [(part @ v.T).argmax(dim=-1) for part in parts]              # (4096,) each
         return torch.cat(z).view(h.shape[:-1])
 
 
 def straight_through(h, v):
-    """Forward sees the code v, backward sees the identity.  h, v (..., D) -> (..., D)
+    """The value is v, the gradient goes to h as if the value were h.  h, v (..., D) -> (..., D)
 
-    argmax has no gradient. This line is the only way by which the decoder teaches the encoder.
+    argmax has no gradient. Only through this line does the decoder teach the encoder.
     """
     return h + (v - h).detach()
 
@@ -68,19 +69,19 @@ def vqkd_loss(o, t, h, v, beta=1.0, widths=None):
 
         max  sum_i cos(o_i, t_i) - || sg[l2(h_i)] - l2(v_zi) ||^2 - || l2(h_i) - sg[l2(v_zi)] ||^2
 
-    o, t (B, N, C); h = l2(h_i) and v = l2(v_zi) (B, N, D), all in float32.
+    o, t (B, N, C); h = l2(h_i) and v = l2(v_zi) (B, N, D). beta: weight of the last term.
     widths: ours, {name: width} of several teachers whose features lie side by side in C.
     """
+    # Differs from Eq. (2): means over images, patches and D, so that no size changes the rate.
     o, t = o.float(), t.float()
     cosine = F.cosine_similarity(o, t, dim=-1).mean()        # cos(o_i, t_i)
     cosines = teachers.each_cosine(o, t, widths)             # {} if there is one teacher
     if cosines:
         cosine = sum(cosines.values()) / len(cosines)
-    # Differs from Eq. (2): mse_loss is a mean over D where the equation sums over D.
-    codebook = F.mse_loss(v, h.detach())                     # moves v towards h
-    commit = F.mse_loss(h, v.detach())                       # keeps h near its code
-    # Differs from Eq. (2): the codebook term is only logged. The codes are no parameters, they move
-    # by ema_update.
+    # Differs from Eq. (2) in some printings, which lack the squares. The released code has them.
+    codebook = F.mse_loss(v, h.detach())                     # || sg[h] - v ||^2 / D
+    commit = F.mse_loss(h, v.detach())                       # || h - sg[v] ||^2 / D
+    # Differs from Eq. (2): the codebook term is only logged, as ema_update moves the codes.
     loss = 1 - cosine + beta * commit
 
     parts = dict(cosine=cosine, commit=commit, codebook=codebook) | cosines
@@ -91,34 +92,34 @@ def vqkd_loss(o, t, h, v, beta=1.0, widths=None):
 def code_sums(h, z, codes):
     """Per code, the sum and the number of the vectors that chose it.  -> (K, D), (K,)
 
-    index_add, because a one-hot matrix would have 100,352 x 8192 entries per step of base.
+    h (B, N, D), z (B, N). No one-hot matrix: base would need 100,352 x 8192 entries per step.
     """
     h = h.detach().float().flatten(0, -2)                    # (B N, D)
     z = z.flatten()                                          # (B N,)
     sums = torch.zeros(codes, h.shape[-1], device=h.device).index_add_(0, z, h)
-    # Not bincount, for which a GPU has to wait.
+    # Not bincount: it would make the CPU wait for the GPU.
     counts = torch.zeros(codes, device=h.device).index_add_(0, z, torch.ones_like(h[:, 0]))
     return sums, counts
 
 
 def ema_update(codebook, sums, counts, decay):
-    """Each code that was used moves towards the mean direction of its vectors.  -> (K, D)
+    """Each code that was used moves towards its vectors.  codebook, sums (K, D) -> (K, D)
 
-        v <- l2( decay * v + (1 - decay) * l2(mean of its l2(h)) )
+        v <- l2( decay * v + (1 - decay) * l2(mean of its l2(h)) )           mean or sum: same l2
 
-    The moving average of Section 2.2, in place of the codebook term of Eq. (2); both point the
-    same way. Recipe, not in the paper: how many vectors chose the code plays no part. A code that
-    no vector chose stays where it is.
+    The moving average of Section 2.2 replaces the codebook term of Eq. (2), which would pull v the
+    same way. Recipe, not in the paper: counts are no weights, and a code that no vector chose
+    stays where it is.
     """
     moved = l2(decay * codebook + (1 - decay) * l2(sums))
     return torch.where((counts > 0)[:, None], moved, codebook)
 
 
 def kmeans(x, centres, iterations=10):
-    """Spherical k-means of x (n, D) from these centres (K, D).  -> centres, counts (K,)
+    """Spherical k-means of x (n, D) from these centres (K, D).  -> centres (K, D), counts (K,)
 
-    Each round assigns every vector to its nearest centre and takes l2 of the mean as the new
-    centre. An empty centre stays. Recipe, not in the paper: ten rounds.
+    Each round assigns every vector to its nearest centre. The l2 of their mean is the new centre.
+    A centre without vectors stays. Recipe, not in the paper: ten rounds.
     """
     for _ in range(iterations):
         z = nearest_code(x, centres)
@@ -132,11 +133,11 @@ def kmeans_start(model, dataset, args, run):
     """The first codes: k-means of at least 4K of the encoder's vectors (at most 65,536).
 
     Recipe, not in the paper. Random codes would lie where no vectors are, and never be chosen.
-    Differs from the released code, where every process clusters a batch of its own and the codes
-    begin unequal: here rank 0 draws images without replacement, and all receive its codes.
+    Differs from the released code, where each process clusters its first batch and the codes of
+    the processes begin unequal: here rank 0 clusters random images, and all receive its codes.
     """
     weight = model.quantize.embedding.weight                 # (K, D)
-    codes = len(weight)
+    codes = len(weight)                                      # K
     if run.is_main:
         generator = torch.Generator().manual_seed(args.seed)
         wanted = min(max(4 * codes, 4096), 65536)
@@ -149,11 +150,11 @@ def kmeans_start(model, dataset, args, run):
             start = torch.cat([start, l2(more).to(h.device)])
         weight.copy_(kmeans(h, start)[0])
     run.broadcast(weight)
-    model.quantize.cluster_size.fill_(1.0)                   # at first no code counts as dead
+    model.quantize.cluster_size.fill_(1.0)                   # no code counts as unused yet
 
 
 def some_vectors(model, dataset, wanted, generator, run):
-    """l2(h) of all patches of some random images, of all images if they are few.  -> (n, D)"""
+    """l2(h) of all patches of random images, at least `wanted` if there are so many.  -> (n, D)"""
     images_needed = math.ceil(wanted / model.encoder.num_patches)
     chosen = torch.randperm(len(dataset), generator=generator)[:images_needed].tolist()
     h = []
@@ -169,16 +170,16 @@ class Codebook(nn.Module):
 
     def __init__(self, codes, code_dim):
         super().__init__()
-        self.embedding = nn.Embedding(codes, code_dim)       # the released name of the table
+        self.embedding = nn.Embedding(codes, code_dim)       # (K, D), under its released name
         self.embedding.weight.requires_grad_(False).zero_()
-        self.register_buffer("cluster_size", torch.zeros(codes))         # recent use of each code
+        self.register_buffer("cluster_size", torch.zeros(codes))         # (K,) recent vectors
 
     @torch.no_grad()
     def update(self, sums, counts, decay):
         """Once per step, after the look-up, with sums over all micro-batches and processes.
 
-        Differs from the released code, where every look-up counts: here evaluation does not change
-        the counters.
+        Differs from the released code, which zeroes cluster_size before every epoch and counts
+        in evaluation, too: here only training counts, and results count for themselves.
         """
         self.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
         self.embedding.weight.copy_(ema_update(self.embedding.weight, sums, counts, decay))
@@ -190,7 +191,7 @@ class Codebook(nn.Module):
 
 
 def linear_tanh_linear(width, out):
-    """What encoder and decoder end in."""
+    """The last layers of encoder (width -> D) and decoder (width -> C)."""
     return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
 
 
@@ -202,14 +203,14 @@ class VQKD(nn.Module):
         """decoder: width, heads or mlp_ratio of the decoder, where they are not the encoder's."""
         super().__init__()
         # Recipe, not in the paper: absolute positions, no layer scale (those come with stage 2).
-        # pool="mean" pools nothing here. It gives the last norm its released name, fc_norm.
+        # pool="mean" pools nothing here. It only gives the last norm its released name, fc_norm.
         sizes = dict(width=width, heads=heads, mlp_ratio=mlp_ratio,
                      positions="absolute", layer_scale=0, pool="mean")
         self.encoder = ViT(image_size, patch_size, depth=depth, **sizes)
         # The decoder is a ViT on the map of codes, each code one "pixel" of D channels.
         sizes |= decoder or {}
         self.decoder = ViT(self.encoder.grid, 1, depth=decoder_depth, in_channels=code_dim, **sizes)
-        # The map arrives with its D channels innermost. DDP warns if the weights lie otherwise.
+        # decode's map has its D channels innermost in memory. DDP warns if these weights do not.
         self.decoder.patch_embed.to(memory_format=torch.channels_last)
         self.encode_task_layer = linear_tanh_linear(width, code_dim)
         # One head per teacher. The first has the released name; more than one is ours.
@@ -232,7 +233,7 @@ class VQKD(nn.Module):
             return self.encode_task_layer(tokens.float())    # always float32, as the look-up is
 
     def decode(self, v):
-        """Codes (B, N, D) -> o (B, N, C), the decoder's guess of the teachers' features."""
+        """Codes v (B, N, D) -> o (B, N, C), the decoder's guess of the teacher's features."""
         gh, gw = self.encoder.grid
         code_map = v.transpose(1, 2).unflatten(2, (gh, gw))  # (B, D, gh, gw)
         x = self.decoder(code_map)[:, 1:]                    # (B, N, width)
@@ -240,9 +241,9 @@ class VQKD(nn.Module):
         return torch.cat([head(x) for head in heads], dim=-1)
 
     def forward(self, images, quantize=True):
-        """Images (B, 3, H, W) in [0, 1] -> o (B, N, C), h (B, N, D), v (B, N, D), z (B, N)
+        """Images (B, 3, H, W) in [0, 1] -> o (B, N, C), l2(h) and v (B, N, D), z (B, N)
 
-        quantize=False is ours: the decoder gets h itself, v is h, and z is None.
+        quantize=False is ours: the decoder gets l2(h) itself, v is that, and z is None.
         """
         h = l2(self.project(images))
         if not quantize:
@@ -252,15 +253,12 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> token ids z (B, N). Changes nothing in the tokenizer."""
+        """Images (B, 3, H, W) in [0, 1] -> tokens z (B, N). Changes nothing in the tokenizer."""
         return nearest_code(self.project(images), self.quantize.embedding.weight)
 
 
 def load_tokenizer(path, device="cpu"):
-    """-> a frozen VQKD in evaluation mode, with the sizes and weights of a file, ours or released.
-
-    Raises UserError if the file is no tokenizer.
-    """
+    """-> the frozen VQKD of a file, ours or released. UserError if the file is no tokenizer."""
     model = weights.build(VQKD, read_tokenizer(path))
     return model.to(device).eval().requires_grad_(False)
 
@@ -278,16 +276,16 @@ def train(args):
     network = run.start(train_set, model=model, optimizer=optimizer, health=health)
     if args.init and not run.resumed:
         health.begin(evaluate(model, teacher, val_set, run), run)
-    peak_lr = args.lr * args.batch_size / 128                # recipe: grows with the batch
+    peak_lr = args.lr * args.batch_size / 128                # recipe: it grows with the batch
 
     for step in run.steps():
         lr = cosine_schedule(step, peak_lr, args.min_lr, run.total_steps, run.warmup_steps)
         set_lr(optimizer, lr)
         quantize = step >= quantize_from
         if step == quantize_from and not args.init:
-            kmeans_start(model, train_set, args, run)        # the codes begin among the vectors
+            kmeans_start(model, train_set, args, run)        # the codes begin among the l2(h)
 
-        # Gradients of Eq. (2). All micro-batches look up in one and the same codebook.
+        # Gradients of Eq. (2). All micro-batches of a step use the same codebook.
         sums = torch.zeros_like(model.quantize.embedding.weight)         # (K, D)
         counts = torch.zeros(args.codes, device=run.device)              # (K,)
         for batch, _ in run.micro_batches():
@@ -303,7 +301,7 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # Then the codes follow the vectors that chose them, over all processes.
+        # Then the codes move towards the vectors that chose them, in all processes.
         if quantize:
             model.quantize.update(run.sum(sums), run.sum(counts), args.decay)
             health.look_after(model.quantize, h, counts, run)
@@ -344,7 +342,7 @@ def build(args, teacher_dims):
 
 
 def first_quantized_step(args, steps):
-    """The step in which the quantizer joins: 0 in the paper, and for the codes of --init.
+    """The first step with the quantizer: 0, as in the paper, or with the codes of --init.
 
     Ours: after --continuous-steps. The vectors of an untrained encoder mean little, and so would
     codes made of them. UserError if no step is left to the codes.
@@ -358,9 +356,10 @@ def first_quantized_step(args, steps):
 # --- measuring ------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(model, teacher, dataset, run):
-    """Means over a whole data set: cosine to the teacher, distance from h to its code.
+    """Means over a data set: cosine to the teacher, commitment, distance of l2(h) and its code.
 
-    Also how many codes are in use, and how evenly (support/codebook.py).
+    Also how many codes are in use, and how evenly (codebook_usage in support/codebook.py).
+    Differs from the released code, which measures in float32: we use the precision of training.
     """
     model.eval()
     names = ["cosine", "commit", "distance"]

@@ -106,7 +106,7 @@ MISTAKES = {
         ("argmin(dim=-1)", "argmin(dim=-1).flatten()",
          "z has lost its shape: h (B, N, D) gives z (B, N), one number per vector."),
         ("enabled=False", "torch.bfloat16",
-         "Under autocast the products are bfloat16, and about one code in 300 changes: compute "
+         "Under autocast the products are bfloat16, and about three codes in 100 change: compute "
          "the look-up in float32, with autocast off."),
         ("2 - 2 * a @ b.T", "-(a @ b.T).abs()",
          "Codes opposite to the vector count as near: the cosine's sign is lost."),
