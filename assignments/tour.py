@@ -101,7 +101,10 @@ left.imshow(image.permute(1, 2, 0))
 right.imshow(colours[tokens])
 for y in range(6):
     for x in range(6):
-        right.text(x, y, int(tokens[y, x]), ha="center", va="center", fontsize=8)
+        code = int(tokens[y, x])
+        dark = colours[code].mean() < 0.4
+        right.text(x, y, code, color="white" if dark else "black", ha="center",
+                   va="center", fontsize=8)
 for axis in (left, right):
     axis.axis("off")
 figure.savefig(OUT / "tokens.png", dpi=120)

@@ -218,7 +218,8 @@ def record(run, home, stopped=""):
     facts |= {name: round(result[key], 4) for key, name in keys.items() if key in result}
     facts["seconds"] = round(max(x.get("time", 0) for x in lines))
     facts["warned"] = [x["step"] for x in lines if "warning" in x][:1]
-    probe = [x for x in read_lines(home / "linprobe.jsonl") if "summary" in x]
+    log = "linprobe.jsonl" if run.stage == "pretrain" else "linprobe_tokenizer.jsonl"
+    probe = [x for x in read_lines(home / log) if "summary" in x]
     if probe:
         facts |= {key: round(probe[-1][key], 2) for key in ("top1", "paper_top1")}
     if stopped:
