@@ -49,11 +49,19 @@ import pretrain
 import vqkd
 from extras import visualize
 from extras.codes import code_colours
-from results.ablate import call
 from support.codebook import codebook_usage
 from support.shapes import Shapes
 
 OUT = Path("runs/tour")
+
+
+def run(stage, *flags):
+    """A stage, as from the command line. If it has finished before, it only says so."""
+    try:
+        stage.main([str(flag) for flag in flags])
+    except SystemExit as done:
+        if done.code:
+            raise
 
 
 def show(path):
@@ -77,8 +85,8 @@ def show(path):
 # codes that are really in use.
 
 # %%
-call(vqkd, "--steps", 300, "--continuous-steps", 100, "--warmup-epochs", 0.2, "--workers", 0,
-     "--out", OUT)
+run(vqkd, "--steps", 400, "--continuous-steps", 100, "--warmup-epochs", 0.2, "--workers", 0,
+    "--out", OUT)
 
 # %% [markdown]
 # ## 2. Encode an image and see its tokens
@@ -149,9 +157,9 @@ for name, ids in (("with l2", right_z), ("without", wrong_z)):
 # that are left.
 
 # %%
-call(vqkd, "--steps", 60, "--continuous-steps", 0, "--warmup-epochs", 0, "--decay", 0.99,
-     "--restart-dead-codes", 0, "--lr", 3e-3, "--batch-size", 64, "--micro-batch", 64,
-     "--log-every", 1, "--workers", 0, "--out", OUT / "broken")
+run(vqkd, "--steps", 60, "--continuous-steps", 0, "--warmup-epochs", 0, "--decay", 0.99,
+    "--restart-dead-codes", 0, "--lr", 3e-3, "--batch-size", 64, "--micro-batch", 64,
+    "--log-every", 1, "--workers", 0, "--out", OUT / "broken")
 logs = [str(folder / "vqkd.jsonl") for folder in (OUT, OUT / "broken")]
 visualize.main([*logs, "--out", str(OUT / "collapse.png")])
 show(OUT / "collapse.png")
@@ -169,7 +177,7 @@ show(OUT / "collapse.png")
 # The loss rests for a while at the entropy of the codes. Then it falls.
 
 # %%
-call(pretrain, "--steps", 500, "--warmup-epochs", 0.3, "--workers", 0, "--out", OUT)
+run(pretrain, "--steps", 900, "--warmup-epochs", 0.5, "--workers", 0, "--out", OUT)
 visualize.main([str(OUT / "pretrain.jsonl"), "--out", str(OUT / "curves.png")])
 show(OUT / "curves.png")
 

@@ -35,8 +35,8 @@ RUNS = Path("runs/mistakes")
 # No workers: one that is started anew (spawn) imports the modules without the exchange.
 COMMON = "--workers 0 --amp no --log-every 10"
 FLAGS = {
-    "vqkd": "--steps 300 --continuous-steps 60 --warmup-epochs 0.15 --restart-dead-codes 0",
-    "pretrain": "--steps 500 --warmup-epochs 0.3",
+    "vqkd": "--steps 400 --continuous-steps 60 --warmup-epochs 0.15 --restart-dead-codes 0",
+    "pretrain": "--steps 1000 --warmup-epochs 0.5",
     "linprobe": "--limit 3000 --blocks 1 --epochs 10 --workers 0 --amp no",
 }
 

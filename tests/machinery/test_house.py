@@ -8,7 +8,7 @@ from conftest import ROOT
 STAGES = ["vqkd", "pretrain", "finetune", "linprobe", "segment"]
 TOP = {f"{name}.py" for name in ["model", *STAGES]}
 # Imports go to the left only.
-FLOORS = ["model", "support", "stages", "assignments", "extras", "results"]
+FLOORS = ["model", "support", "stages", "extras", "assignments", "results"]
 FOLDERS = "", "support/", "assignments/", "extras/", "results/"
 SOURCES = sorted(f for folder in FOLDERS for f in ROOT.glob(f"{folder}*.py"))
 IDS = [str(f.relative_to(ROOT)) for f in SOURCES]
