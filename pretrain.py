@@ -6,8 +6,8 @@
                                                           Eq. (3) once more, from these
 
 The shallow head gets its patches from layer l, where they know little of the rest of the image.
-It can name the hidden patches only if [CLS] tells it what the image shows. So [CLS] learns to
-summarise the image. A model that knows nothing has a loss of ln K per head.
+To find the codes of hidden patches, it needs [CLS] to tell it what the image shows. So [CLS] learns
+to summarise the image. Guessing all codes alike gives a loss of ln K per head.
 
 Read in this order: sample_block_mask, aggregate, BEiT, mim_loss, train.
 
@@ -43,9 +43,9 @@ from vqkd import load_tokenizer
 def sample_block_mask(gh, gw, count, min_block=16):
     """Hide exactly `count` of gh x gw patches, in rectangular blocks.  -> (gh, gw) bool
 
-    A single hidden patch could be guessed from its neighbours; inside a block there are none.
-    min_block: patches that a block should have at least. Draws from Python's `random`, which the
-    data set seeds for each image.
+    A single hidden patch could be guessed from its neighbours; inside a block these are hidden.
+    min_block: the smallest area of a block, in patches. Draws come from Python's `random`, which
+    the data set seeds for each image.
     """
     mask = [[False] * gw for _ in range(gh)]
     remaining = count
@@ -58,17 +58,17 @@ def sample_block_mask(gh, gw, count, min_block=16):
 
 
 def sample_block(mask, remaining, min_block):
-    """The patches (y, x) that one more block hides: at least 1, at most `remaining`."""
+    """The patches (y, x) that one more block hides, 1 to `remaining`.  mask: lists (gh, gw)"""
     gh, gw = len(mask), len(mask[0])
     for _ in range(10):                      # recipe, not in the paper: ten tries
-        # At the end less than min_block may remain. The area then lies between the two.
+        # At the end `remaining` may be less than min_block. The area then lies between them.
         area = random.uniform(min_block, remaining)
         # Recipe, not in the paper: height / width between 0.3 and 1 / 0.3. The logarithm is
         # uniform, so tall blocks are as frequent as flat ones.
         aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
         h = round(math.sqrt(area * aspect))
         w = round(math.sqrt(area / aspect))
-        if not (0 < h < gh and 0 < w < gw):                  # no block crosses the whole image
+        if not (0 < h < gh and 0 < w < gw):                  # no block has the image's full side
             continue
         top = random.randint(0, gh - h)
         left = random.randint(0, gw - w)
@@ -81,7 +81,7 @@ def sample_block(mask, remaining, min_block):
 
 
 def masked_views(image, views, grid, count, min_block):
-    """What the loader makes of each image: its views, and a mask (N,) of its own."""
+    """What the loader makes of an image: views(image), and a mask (N,) drawn for it."""
     return views(image), sample_block_mask(*grid, count, min_block).flatten()
 
 
@@ -97,17 +97,17 @@ def hidden_patches(mask):
 def aggregate(last, early):
     """The input of the shallow head: [x_CLS of layer L, x_1 .. x_N of layer l].  -> (B, T, D)
 
-    last, early (B, T, D). Only through [CLS] can layer L reach this head.
+    last, early (B, T, D): tokens of layers L and l. From layer L the head gets [CLS] alone.
     """
     return torch.cat([last[:, :1], early[:, 1:]], dim=1)
 
 
 class BEiT(ViT):
-    """The backbone, a mask token, a head over the K codes, and the shallow head (cls_pt_...).
+    """The backbone, a mask token, a head over the K codes, and the shallow head (cls_pt_layers).
 
     early_layer: l of the paper, counted from 1. head_depth: blocks of the shallow head; 0 trains
-    without patch aggregation. shared_head: both streams use one norm and one head over the codes.
-    more: further arguments of ViT.
+    without patch aggregation. shared_head: backbone and shallow head use one final norm and one
+    head over the codes, as in the paper. more: further arguments of ViT.
     """
 
     def __init__(self, image_size, patch_size, width, depth, heads, codes, *, early_layer=9,
@@ -120,7 +120,7 @@ class BEiT(ViT):
         self.shared_head = shared_head or head_depth == 0
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.lm_head = nn.Linear(width, codes)
-        # Recipe, not in the paper: these blocks drop paths as often as layers l + 1, l + 2, ...
+        # Recipe, not in the paper: the drop-path rates are those of layers l + 1, l + 2, ...
         rates = torch.linspace(0, drop_path, max(depth, early_layer + head_depth), device="cpu")
         self.cls_pt_layers = nn.ModuleList(
             Block(width, heads, self.mlp_ratio, layer_scale, rate)
@@ -129,8 +129,8 @@ class BEiT(ViT):
         if not self.shared_head:
             self.cls_pt_norm = nn.LayerNorm(width, eps=self.norm.eps)
             self.cls_pt_lm_head = nn.Linear(width, codes)
-        # Differs from the released code, which initialises before it adds the shallow head, and
-        # so leaves that as torch makes it.
+        # Differs from the released code, which initialises before it adds the shallow head, so
+        # that the head's linear layers begin with torch's larger weights and random biases.
         initialise(self, init_std, cut=1, convolutions=True)
         rescale_residual_branches(self.blocks)
         rescale_residual_branches(self.cls_pt_layers, first_layer=early_layer + 1)
@@ -141,42 +141,42 @@ class BEiT(ViT):
                                      shared_head=self.shared_head)
 
     def streams(self, x, mask, queries=None):
-        """-> tokens of the last layer, tokens of the shallow head (or None), both before the norm.
+        """-> tokens of layer L, tokens of the shallow head (or None): (B, T, D) each, before norm.
 
-        x (B, 3, H, W) normalised, mask (B, N) bool. Each (B, T, D), or (B, 1 + m, D) for queries
-        (B, 1 + m), the tokens that are read: the last blocks then compute only these.
+        x (B, 3, H, W) normalised, mask (B, N) bool. queries (B, 1 + m): the numbers of the tokens
+        that are read. The last blocks compute only these, (B, 1 + m, D) each.
         """
         bias = self.shared_bias()            # one position bias for all blocks and the head
         reads_all = self.early_layer == self.depth           # with l = L the head needs all patches
         early, last = self.features(x, [self.early_layer - 1, self.depth - 1], mask, bias,
                                     None if reads_all else queries)
-        side = None
+        shallow = None
         if len(self.cls_pt_layers):
-            side = aggregate(last, early)
+            shallow = aggregate(last, early)                 # (B, T, D)
             for block in self.cls_pt_layers[:-1]:
-                side = self.run(block, side, bias)
-            side = self.run(self.cls_pt_layers[-1], side, bias, queries)
+                shallow = self.run(block, shallow, bias)
+            shallow = self.run(self.cls_pt_layers[-1], shallow, bias, queries)
         if reads_all and queries is not None:
             last = last.take_along_dim(queries[..., None], dim=1)
-        return last, side
+        return last, shallow
 
     def forward(self, x, mask, hidden=None):
         """-> logits, logits_cls (M, K) of the hidden patches; logits_cls is None without the head.
 
         x (B, 3, H, W) normalised, mask (B, N) bool. hidden (B, m): hidden_patches(mask), if known.
-        The training loop finds it before the mask is on the GPU, which would have to wait for m.
+        The training loop computes it on the CPU. On a GPU, the loop would have to wait for m.
         """
         if hidden is None:
             hidden = hidden_patches(mask)
-        # Only [CLS] and the hidden patches are read at the end: the last blocks compute no others.
+        # Only [CLS] (by aggregate) and hidden patches are read. The last blocks skip all others.
         queries = F.pad(1 + hidden, (1, 0))                  # (B, 1 + m); token 0 is [CLS]
-        last, side = self.streams(x, mask, queries)
+        last, shallow = self.streams(x, mask, queries)
         logits = self.lm_head(self.norm(last[:, 1:].flatten(0, 1)))      # (M, K)
-        if side is None:
+        if shallow is None:
             return logits, None
         norm = self.cls_pt_norm or self.norm
         head = self.cls_pt_lm_head or self.lm_head
-        return logits, head(norm(side[:, 1:].flatten(0, 1)))
+        return logits, head(norm(shallow[:, 1:].flatten(0, 1)))
 
 
 # --- method: the loss -----------------------------------------------------------------------------
@@ -186,9 +186,9 @@ def mim_loss(logits, logits_cls, z):
         L_MIM = - sum over images, sum over hidden patches i of  log p(z_i | masked image)
 
     logits (M, K), logits_cls (M, K) or None, z (M,) the codes. p is the soft-max of the logits.
-    The paper gives the second loss no number: Eq. (3) once more, through the shallow head.
+    loss_cls has no number in the paper: it is Eq. (3) once more, through the shallow head.
     """
-    # Differs from Eq. (3): cross_entropy is the mean over the M patches where the equation sums.
+    # Differs from Eq. (3), a sum: the mean over M patches, so that the batch changes no rate.
     loss_mim = F.cross_entropy(logits.float(), z)
     loss_cls = torch.zeros_like(loss_mim)
     if logits_cls is not None:
@@ -198,7 +198,7 @@ def mim_loss(logits, logits_cls, z):
 
 # --- training -------------------------------------------------------------------------------------
 def train(args):
-    """Run stage 2; the network is then in OUT/pretrain.pt.  -> results on held-out images"""
+    """The whole of stage 2; the network is then in OUT/pretrain.pt.  -> the last evaluation"""
     run = Run("pretrain", args)
     tokenizer = open_tokenizer(args, run.device)
     codes = len(tokenizer.quantize.cluster_size)             # K
@@ -211,7 +211,7 @@ def train(args):
     model.to(run.device)
     groups = param_groups(model.named_parameters(), args.weight_decay)
     optimizer = adamw(groups, (0.9, args.beta2), run.device)
-    # The log states the loss of a uniform guess, ln K. The file states what later stages ask for.
+    # facts: for the log, the loss of a uniform guess, ln K. about: for later stages, in the file.
     network = run.start(train_set, model=model, optimizer=optimizer,
                         facts={"chance": math.log(codes)},
                         about={"epochs": args.epochs, "aggregation": args.head_depth > 0})
@@ -226,10 +226,10 @@ def train(args):
             hidden = hidden_patches(mask).to(run.device, non_blocking=True)      # (B, m)
             mask = mask.to(run.device, non_blocking=True)                        # (B, N)
             with run.autocast():
-                # The tokenizer gives each patch its code. It sees the whole image.
+                # The tokenizer sees the whole image and gives each patch its code.
                 z = encode(tokenizer_images)                                     # (B, N)
                 z = z.gather(1, hidden).flatten()                                # (M,)
-                # The model does not, and has to find the codes of the hidden patches.
+                # The network sees the other patches and has to find the codes of the hidden ones.
                 logits, logits_cls = network(imagenet_normalize(images), mask, hidden)
                 loss, (loss_mim, loss_cls) = mim_loss(logits, logits_cls, z)     # Eq. (3), twice
             run.backward(loss)
@@ -268,7 +268,7 @@ def open_tokenizer(args, device):
 
 
 def open_images(args, run, tokenizer):
-    """-> training images in random crops, held-out images without chance; each with a mask."""
+    """-> training images in random crops, whole held-out images; each with a mask of its own."""
     size = args.image_size
     tokenizer_size = tokenizer.arch()["image_size"]
     scale = args.crop_scale, 1.0
@@ -284,7 +284,7 @@ def open_images(args, run, tokenizer):
 
 # --- measuring ------------------------------------------------------------------------------------
 def accuracy(logits, z):
-    """Percentage of hidden patches whose code is found.  logits (M, K), z (M,)"""
+    """Percentage of hidden patches whose code has the largest logit.  logits (M, K), z (M,)"""
     return 100 * (logits.argmax(dim=-1) == z).float().mean().item()
 
 
@@ -292,8 +292,8 @@ def accuracy(logits, z):
 def evaluate(model, tokenizer, dataset, commonest, run):
     """Losses and accuracies (in percent) over all hidden patches of a data set.
 
-    guess_position, guess_nearest: the accuracies of two guessers that have learned nothing of
-    images (support/guessers.py).
+    guess_position, guess_nearest: the accuracies of two guessers that see no pixels, by the code
+    that is commonest at a position or of the nearest visible patch (support/guessers.py).
     """
     model.eval()
     totals = data.zeros_to_sum(7, run.device)
@@ -390,7 +390,7 @@ def parse_args(argv=None):
 
 
 def fill_in_masks(args):
-    """The paper hides 75 of 196 patches, in blocks of at least 16. Other grids: the same shares."""
+    """Hide 75 of 196 patches ("40 %" in the paper; 38 %), in blocks from 16 on, or such shares."""
     patches = math.prod(grid_of(args.image_size, args.patch_size))
     if args.mask_patches is None:
         args.mask_patches = patches * 75 // 196

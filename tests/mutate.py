@@ -339,8 +339,8 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ("names the patch before the hidden one", "(last[:, 1:]", "(last[:, :-1]"),
         (
             "shallow head without positions",
-            "self.run(self.cls_pt_layers[-1], side, bias, queries)",
-            "self.run(self.cls_pt_layers[-1], side, None, queries)",
+            "self.run(self.cls_pt_layers[-1], shallow, bias, queries)",
+            "self.run(self.cls_pt_layers[-1], shallow, None, queries)",
         ),
         (
             "the last block computes visible patches",
