@@ -1,7 +1,9 @@
 """The house: what stands at the top level, which way imports point, how long things are."""
 import ast
+import importlib.metadata
 
 import pytest
+from packaging.requirements import Requirement
 
 from conftest import ROOT
 
@@ -41,6 +43,15 @@ def functions(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_the_installed_torch_and_torchvision_lie_in_ranges_that_belong_together():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    ranges = {r.name: r.specifier for r in (Requirement(x.partition("#")[0]) for x in lines)}
+    for name in ("torch", "torchvision"):
+        assert importlib.metadata.version(name) in ranges[name]
+    for minor in range(30):                  # torchvision 0.26 belongs to torch 2.11, and so on
+        assert (f"2.{minor}.0" in ranges["torch"]) == (f"0.{minor + 15}.0" in ranges["torchvision"])
 
 
 def test_the_top_level_holds_the_five_stages_and_the_model():
