@@ -7,8 +7,8 @@ blocks have to change more. So each block learns at a rate of its own, which is 
 blocks (layer decay). RandAugment, erasing, MixUp and CutMix change the images so much that the
 network cannot memorise them.
 
-Read in this order: layer_of, layer_decay_groups, smooth_targets, mix, soft_cross_entropy, new_head,
-build, evaluate, train.
+Read in this order: layer_of, layer_decay_groups, smooth_targets, mix, soft_cross_entropy,
+shrink_head, build, class_logits, evaluate, train.
 
     python finetune.py --labels-per-class 100                  # tiny on built-in shapes, CPU
     torchrun --nproc_per_node=8 finetune.py --model base --data /imagenet    # the paper's run
@@ -69,7 +69,7 @@ TO_21K = {               # to such a classifier, with --intermediate. It has no 
 
 # --- method: rates, targets, head -----------------------------------------------------------------
 def layer_of(name, depth):
-    """The layer of a parameter: 0 for the embeddings, i + 1 for block i, depth + 1 for the rest.
+    """The layer of a parameter: 0 for the embeddings, b + 1 for block b, depth + 1 for the rest.
 
     Layer i learns at  lr * layer_decay^(depth + 1 - i):  the head at the full rate, the embeddings
     at the smallest.
@@ -77,24 +77,24 @@ def layer_of(name, depth):
     part = name.split(".")
     if part[0] in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
         return 0
-    if part[0] == "blocks":              # with the block's own table of relative positions
+    if part[0] == "blocks":              # also the block's own table of relative positions
         return int(part[1]) + 1
-    return depth + 1                     # norm, head, and a table that all blocks would share
+    return depth + 1                     # norm and head
 
 
 def layer_decay_groups(model, weight_decay, layer_decay):
-    """Groups of parameters for AdamW, each with the rate of its layer as lr_scale."""
+    """Groups of parameters for AdamW. lr_scale of each: its layer's factor on the rate."""
     return param_groups(model.named_parameters(), weight_decay, depth=model.depth,
                         layer_id=lambda name: layer_of(name, model.depth), layer_decay=layer_decay)
 
 
 def smooth_targets(labels, classes, smoothing):
-    """Labels (B,) to distributions (B, C): 1 - s + s/C on the class, s/C on every other class."""
+    """Labels (B,) -> distributions (B, C): 1 - s + s/C on the class, s/C on every other class."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 def mix(images, labels, classes, mixup, cutmix, smoothing):
-    """MixUp or CutMix of each image a of the batch with image b of the reversed batch.
+    """MixUp or CutMix of each image a with b, the image at its place in the reversed batch.
 
     images (B, 3, H, W), labels (B,) -> images (B, 3, H, W), targets (B, C)
 
@@ -102,9 +102,9 @@ def mix(images, labels, classes, mixup, cutmix, smoothing):
     CutMix:  a box of x_b is pasted into x_a     lam ~ Beta(cutmix, cutmix), then corrected to the
                                                  share of pixels that remains of x_a
     Both:    t = lam t_a + (1 - lam) t_b         of the smoothed targets
-    The whole batch gets one coin (MixUp or CutMix) and one lam. They come from numpy's generator,
-    which run.micro_batches seeds. Mixing comes before imagenet_normalize; the other order would
-    give the same pixels.
+    Each micro-batch has one coin (MixUp or CutMix) and one lam, of numpy's generator, which
+    run.micro_batches seeds. Differs from the recipe, which mixes after imagenet_normalize: it is
+    linear, so the pixels are the same.
     """
     if mixup == 0 and cutmix == 0:
         return images, smooth_targets(labels, classes, smoothing)
@@ -115,7 +115,7 @@ def mix(images, labels, classes, mixup, cutmix, smoothing):
 
 
 def soft_cross_entropy(logits, targets):
-    """Cross-entropy against distributions:  - mean_B sum_c t_c log p_c.  logits, targets (B, C)
+    """Cross-entropy with distributions:  - mean_B sum_c t_c log p_c.  logits, targets t (B, C)
 
     Without mixing this is F.cross_entropy(logits, labels, label_smoothing=s).
     """
@@ -125,11 +125,8 @@ def soft_cross_entropy(logits, targets):
 
 @torch.no_grad()
 def shrink_head(model):
-    """Shrink a head with random weights to a thousandth.
-
-    Recipe, not in the paper: all classes then start alike, and the first gradients that reach the
-    backbone are small.
-    """
+    """Shrink a head with random weights to a thousandth. Recipe, not in the paper: all classes then
+    start nearly alike, and the first gradients that reach the backbone are small."""
     model.head.weight.mul_(0.001)
     model.head.bias.mul_(0.001)
 
@@ -138,7 +135,7 @@ def build(args, checkpoint, classes):
     """The backbone with a head for `classes`, a list of names.  -> ViT, Report of the names loaded
 
     checkpoint: from read_start. None means random weights, and then the report is None, too.
-    A head from the checkpoint is kept only if it has the same classes.
+    Differs from the released code, which keeps a head of as many classes: ours must have the same.
     """
     model, report = start_backbone(args, checkpoint, pool=args.pool, num_classes=len(classes),
                                    drop_path=args.drop_path)
@@ -158,9 +155,9 @@ def build(args, checkpoint, classes):
 
 # --- method: accuracy -----------------------------------------------------------------------------
 def class_logits(model, images, run):
-    """Logits (B, C) of uint8 images (B, 3, H, W), the head in float32.
+    """Logits (B, C) of uint8 images (B, 3, H, W), to be compared.
 
-    In bfloat16 several logits are often equal, and the order of the classes would decide.
+    Differs from the recipe: the head is in float32. In 16 bits, logits of several classes tie.
     """
     images = data.to_float(images, run.device)
     with run.autocast():
@@ -171,7 +168,7 @@ def class_logits(model, images, run):
 def hits(logits, labels):
     """How many labels (B,) are the first, and how many among the first five, of logits (B, C)."""
     best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices                 # (B, 5)
-    right = best == labels[:, None]
+    right = best == labels[:, None]                                              # (B, 5)
     return right[:, 0].sum(), right.any(dim=-1).sum()
 
 
@@ -179,7 +176,7 @@ def hits(logits, labels):
 def evaluate(model, dataset, run):
     """Cross-entropy without smoothing; top-1 and top-5 in percent.  -> dict
 
-    Every image counts once, over all processes.
+    Over the images of all processes, each counted once.
     """
     model.eval()
     totals = data.zeros_to_sum(4, run.device)                # loss, first, first five, images
@@ -229,7 +226,7 @@ def train(args, checkpoint):
             # Mix pairs of images, and their targets with them.
             images, targets = mix(images, labels, len(classes),
                                   args.mixup, args.cutmix, args.smoothing)       # targets (B, C)
-            # Name the class. Recipe, not in the paper: no dropout, no clipping of gradients.
+            # Classify. Recipe, not in the paper: no dropout, and gradients are not clipped.
             with run.autocast():
                 logits = network(imagenet_normalize(images))                     # (B, C)
             loss = soft_cross_entropy(logits, targets)
@@ -248,7 +245,8 @@ def train(args, checkpoint):
 
 
 class Best:
-    """The best top-1 so far and its epoch. Papers report it; the file keeps the last weights."""
+    """The best top-1 so far. Differs from the recipe, which reports and saves the best epoch: that
+    is chosen on the images it is measured on. So our result and our file are those of the last."""
 
     def __init__(self):
         self.facts = {}
@@ -266,13 +264,14 @@ class Best:
 
 # --- data -----------------------------------------------------------------------------------------
 def open_images(args, process):
-    """-> augmented training images, held-out images (None if nothing is evaluated)."""
+    """-> augmented training images, held-out images (None if nothing is evaluated)"""
     randaugment = None if args.randaugment in ("none", "") else args.randaugment
     augment = FinetuneTransform(args.image_size, (args.crop_scale, 1.0), randaugment, args.erasing)
     return open_sets(args, process, augment, EvalTransform(args.image_size))
 
 
 def refuse_odd_batches(args, processes):
+    """UserError if MixUp would leave one image of a micro-batch without a partner."""
     micro_batch, _ = data.split_batch(args.batch_size, args.micro_batch, processes)
     if micro_batch % 2 and (args.mixup or args.cutmix):
         raise UserError(f"MixUp pairs images, and --batch-size {args.batch_size} makes "
