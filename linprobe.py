@@ -4,8 +4,8 @@
 
 The network is never trained here. Its features are computed once and kept in a file. Then a whole
 grid of heads (block x read-out x norm x rate) is trained at once. The result depends on all these
-choices, and the paper names only one of them: [CLS] of the last layer. Every head is shown. The
-head to report is chosen on a tenth of the TRAINING images.
+choices, and the paper names only one of them: [CLS] of the last layer. Results of all heads are
+shown. The head to report is chosen on a tenth of the TRAINING images.
 
 Read in this order: readout, summarise, LinearHeads, Probe, train_heads, accuracy, choose, knn,
 run_probe.
@@ -16,7 +16,7 @@ run_probe.
 """
 # Shapes:  n images, B images of a batch, T = 1 + N tokens with [CLS] first, D width,
 #          L layers (blocks, then the final norm), F = 2D features per layer ([CLS] | patch mean),
-#          F' features of one read-out, S settings, H = read-outs x norms, C classes
+#          F' features of a read-out, S (rate, decay) pairs, H = read-outs x norms, C classes
 import json
 import shutil
 import time
@@ -39,8 +39,8 @@ from support.run import dry_run, find_resume_file
 
 MODELS = "tiny", "small", "base", "large"
 RATES = 1e-3, 4e-3, 1.6e-2               # of AdamW, around the 4e-3 of BEiT v1's probe
-RECIPE = {  # All ours: the paper states no optimiser, rate or norm.
-    # tiny takes few steps. Only high rates then reach the directions in which features vary little.
+RECIPE = {  # All ours: the paper states no optimiser, rate or norm. BEiT v1's probe: 100 epochs.
+    # tiny takes few steps: in directions in which features vary little, only high rates learn.
     #                tiny                small  base   large
     "rates":        ((0.03, 0.125, 0.5), RATES, RATES, RATES),
     "weight_decay": (1e-4,               1e-4,  1e-4,  1e-4),
@@ -49,7 +49,7 @@ RECIPE = {  # All ours: the paper states no optimiser, rate or norm.
     "micro_batch":  (64,                 256,   256,   128),
     "epochs":       (20,                 30,    30,    30),
 }
-# Raw pixels, 6912 numbers for 10,800 images, overfit: here the weight decay matters most.
+# Heads on raw pixels overfit (6912 numbers of 10,800 images): the weight decay matters most.
 PIXEL_SETTINGS = [(rate, decay) for rate in (1e-4, 3e-4, 1e-3) for decay in (1.0, 30.0, 300.0)]
 READOUTS = "cls", "mean", "both"
 NORMS = "none", "batchnorm"
@@ -68,8 +68,8 @@ def summarise(model, x, blocks=None):
     """Normalised images -> features (B, L, F) of the last `blocks` blocks and of the final norm."""
     first = 0 if blocks is None else model.depth - blocks
     tokens = model.features(x, range(first, model.depth))    # per block (B, T, D)
-    # Pre-training reads [CLS] through the final norm, so a probe should, too. Users who probed the
-    # raw last layer were far below the paper's figure.
+    # Differs from BEiT v1's probe, which reads before any norm: there, users of BEiT v2 were far
+    # below the paper's figure. Pre-training reads the last layer through the final norm.
     norm = model.fc_norm if model.pool == "mean" else model.norm
     tokens.append(norm(tokens[-1]))
     return torch.stack([readout(x.float(), "both") for x in tokens], dim=1)
@@ -85,15 +85,15 @@ def encode(source, images):
 
 
 def columns(kind, width):
-    """Where a read-out lies among the `width` = F features of a layer: a slice."""
+    """Where a read-out lies among the `width` = F features of a layer.  -> slice"""
     half = width // 2
     parts = dict(cls=slice(0, half), mean=slice(half, width))
     return parts.get(kind, slice(0, width))                  # both, pixels: all of them
 
 
 def mean_and_variance(features, rows, chunk=4096):
-    """Over the images `rows`, for every feature.  features (n, L, F) -> 2 x (L, F) float64"""
-    # In the order of the file: rows that lie together on the disk are read together.
+    """Of every feature, over the rows (m,) of images.  features (n, L, F) -> 2 x (L, F) float64"""
+    # Sorted: rows that lie together in the file are read together.
     parts = rows.sort().values.split(chunk)
     mean = sum(features[part].double().sum(0) for part in parts) / len(rows)
     variance = sum((features[part].double() - mean).square().sum(0) for part in parts) / len(rows)
@@ -101,16 +101,16 @@ def mean_and_variance(features, rows, chunk=4096):
 
 
 def input_scale(variance, norm):
-    """What the centred input of a head is multiplied by.  variance (L, F') -> (L, F')
+    """What a head's input, after the mean is taken off, is multiplied by.  variance, -> (L, F')
 
-    "batchnorm" divides each feature by its own spread, "none" all of a layer by one number, so that
+    "batchnorm" divides each feature by its own std, "none" all of a layer by one number, so that
     one rate fits all layers.
-    Differs from MAE's probe: its BatchNorm has the statistics of a batch, ours those of all images.
+    Differs from MAE's probe: its BatchNorm takes the statistics of a batch, ours of all images.
     """
     overall = variance.mean(dim=1, keepdim=True).expand_as(variance)
     if norm == "none":
         return 1 / (overall + 1e-12).sqrt()
-    # 1e-6: a feature that hardly varies stays small. 1e-12: no division by 0.
+    # 1e-6: a feature that hardly varies stays small. 1e-12: there is no division by 0.
     return 1 / (variance + 1e-6 * overall + 1e-12).sqrt()
 
 
@@ -118,9 +118,9 @@ def input_scale(variance, norm):
 class LinearHeads(nn.Module):
     """Linear classifiers on one read-out with one norm: a head for each layer and setting.
 
-    All of them are one batched product: a loop over the 126 nn.Linear of tiny took 3.5 times as
-    long, and one over those of base as long.
-    Differs from BEiT v1's probe: heads start at zero. (The loss is convex: the start is forgotten.)
+    All heads are one batched product. A loop over nn.Linear took 3.5 times as long for the 126
+    heads of tiny, and as long for base.
+    Differs from BEiT v1's probe: heads start at 0. The loss is convex, so the start matters little.
     """
 
     def __init__(self, kind, variance, norm, settings, classes):
@@ -145,7 +145,7 @@ class LinearHeads(nn.Module):
 
     @torch.no_grad()
     def head(self, layer, s, mean):
-        """-> weight (C, F'), bias (C,) of one head for raw features, scale and mean folded in."""
+        """-> weight (C, F'), bias (C,) of a head for raw features: scale and mean are in them."""
         weight = self.weight[s][layer] * self.scale[layer]
         return weight, self.bias[s][layer, :, 0] - weight @ mean[layer, self.columns]
 
@@ -176,6 +176,7 @@ def train_heads(probe, features, labels, rows, steps, batch_size, seed=0):
 
     No head's loss contains the weights of another, and AdamW treats every number by itself. So each
     head learns exactly what it would learn alone.
+    Differs from BEiT v1's probe: biases have no weight decay, and the rate falls at every step.
     """
     groups = []                              # set_lr multiplies the schedule by lr_scale
     for s, (rate, decay) in enumerate(probe.settings):
@@ -203,10 +204,7 @@ def train_heads(probe, features, labels, rows, steps, batch_size, seed=0):
 
 
 def accuracy(logits, labels, k=1):
-    """Percent of images whose class is among the k largest logits.
-
-    logits (B, ..., C), labels (B,) -> (...)
-    """
+    """Percent of images with their label among the k largest.  (B, ..., C), (B,) -> (...)"""
     best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices         # (B, ..., k)
     hit = (best == labels.view(-1, *[1] * (logits.ndim - 1))).any(dim=-1)
     return 100 * hit.double().mean(dim=0)
@@ -227,9 +225,9 @@ def score_heads(probe, features, labels, rows, chunk=512):
 
 
 def choose(held_out, probe, source):
-    """The best setting of every layer, read-out and norm.  held_out (L, S, H) -> a list of rows
+    """The best setting of every layer, read-out and norm, one row each.  -> a list of dicts
 
-    held_out: top-1 on the held-out images. at: the place (layer, s, h) of a row's head in the grid.
+    held_out (L, S, H): top-1 on the held-out images. at: (layer, s, h), a head's place in the grid.
     """
     table = []
     for layer, block in enumerate(source.layers):
@@ -244,7 +242,7 @@ def choose(held_out, probe, source):
 
 
 def knn(bank, bank_labels, queries, k, classes, temperature=0.07, chunk=256):
-    """Class scores by the k nearest images by angle.  bank (m, F'), queries (n, F') -> (n, C)
+    """Class scores by the k images of largest cosine.  bank (m, F'), queries (n, F') -> (n, C)
 
     Each neighbour votes with exp(cosine / 0.07), as in DINO.
     """
@@ -260,7 +258,7 @@ def knn(bank, bank_labels, queries, k, classes, temperature=0.07, chunk=256):
 
 
 def hold_out(n, seed):
-    """Nine tenths of n images to fit heads, one tenth to choose among them. -> two index vectors"""
+    """Nine tenths of n images to train heads, one tenth to choose one.  -> 2 x (rows,) long"""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     tenth = max(1, n // 10)
     return order[tenth:], order[:tenth]
@@ -272,7 +270,8 @@ def run_probe(source, args, process, log):
     begin = time.time()
     train_set, val_set = open_images(source, args, process)
 
-    # 1. Features of all images, once. `views` rows of the file belong to one training image.
+    # 1. Features of all images, once. `views` rows of the file belong to each training image.
+    # Differs from BEiT v1's probe, which crops and mirrors anew in every epoch (see --augment).
     views = 1 + args.augment
     train = store_split(source, encode, train_set, args.augment, args, process)
     val = store_split(source, encode, val_set, 0, args, process)         # features, labels
@@ -293,7 +292,8 @@ def run_probe(source, args, process, log):
     steps = args.steps or args.epochs * max(1, len(fit) // args.batch_size)
     train_heads(probe, *train, fit, steps, args.batch_size, args.seed)
 
-    # 3. Choose on the held-out tenth: the setting of every head, and the best head of all.
+    # 3. Choose the setting of every head, and the best head, on the held-out tenth. Differs from
+    # BEiT v1's probe, which picks by the validation images: those then flatter it.
     held_out, _ = score_heads(probe, *train, held * views)
     table = choose(held_out, probe, source)
     best = max(table, key=lambda row: row["held_out"])
@@ -305,7 +305,7 @@ def run_probe(source, args, process, log):
         row |= dict(top1=top1[row["at"]].item(), top5=top5[row["at"]].item())
         log(source=source.name, **without(row, "at"))
 
-    # 5. The nearest of all training images, held-out ones too, without their crops.
+    # 5. k-NN among all training images, those held out too, each without its crops.
     images = torch.arange(len(train_set)) * views
     neighbours = score_knn("knn", paper, probe, train, images, val)
     neighbours |= score_knn("knn_best", best, probe, train, images, val)

@@ -5,8 +5,8 @@
 
 A ViT has one resolution in all its blocks. A segmentation head needs fine maps for outlines and
 coarse maps for context. So the outputs of four blocks are resized: two are enlarged by
-deconvolutions, one stays, one is pooled. UPerNet pools the coarsest map over regions of several
-sizes, adds the result to the finer maps step by step, and classifies all four maps together.
+deconvolutions, one stays, one is pooled. UPerNet takes means of the coarsest map over regions of
+several sizes, adds the result to the finer maps step by step, and reads all four maps together.
 
 Read in this order: add_pyramid, UPerHead, UPerNet, pixel_cross_entropy, slide, scores, train.
 
@@ -15,7 +15,7 @@ Read in this order: add_pyramid, UPerHead, UPerNet, pixel_cross_entropy, slide, 
     python segment.py --eval                       # measure runs/tiny/segment.pt
 """
 # Shapes:  B images, gh x gw patches, T = 1 + gh gw tokens, D width, C classes,
-#          h x w the size of some map, H x W that of the image
+#          h x w the size of a map (not always the same one), H x W that of the image
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -65,7 +65,7 @@ OTHER_STARTS = {         # what --init changes. 21k: the paper's; scratch: ours,
 POOLS = 1, 2, 3, 6       # pyramid pooling takes means over 1 x 1, 2 x 2, 3 x 3 and 6 x 6 regions
 DROPOUT = 0.1            # of whole channels, before both classifiers
 AUX_WEIGHT = 0.4         # of the loss of the auxiliary head
-AUX_TAP = 2              # which of the four maps the auxiliary head reads
+AUX_TAP = 2              # the map that the auxiliary head reads, counted from 0: the third of four
 SCALES = 0.5, 0.75, 1.0, 1.25, 1.5, 1.75                     # --multi-scale
 
 
@@ -84,14 +84,14 @@ def resize(x, size):
 
 
 def conv(in_channels, out_channels, side):
-    """Convolution without bias (BatchNorm has one) -> BatchNorm -> ReLU. The map keeps its size."""
+    """Convolution without bias (BatchNorm has one), BatchNorm, ReLU: (B, C, h, w) -> same h, w."""
     layer = nn.Conv2d(in_channels, out_channels, side, padding=side // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(conv=layer, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
 
 
 def classifier(channels, classes):
-    """The same linear layer at every pixel."""
+    """The same linear layer at every place of a map: (B, channels, h, w) -> (B, C, h, w)."""
     layer = nn.Conv2d(channels, classes, kernel_size=1)
     nn.init.normal_(layer.weight, std=0.01)                  # Recipe, not in the paper: 0.01
     nn.init.zeros_(layer.bias)
@@ -101,7 +101,7 @@ def classifier(channels, classes):
 def add_pyramid(vit):
     """Give a backbone four layers that resize a map (B, D, gh, gw): by 4, 2, 1 and 1/2.
 
-    They are inside the backbone because the released files name them so.
+    They are parts of the backbone because the released files name them so.
     """
     def double():                            # twice the height and width
         return nn.ConvTranspose2d(vit.width, vit.width, kernel_size=2, stride=2)
@@ -110,7 +110,7 @@ def add_pyramid(vit):
     vit.fpn2 = nn.Sequential(double())                       # Recipe, not in the paper: no norm
     vit.fpn3 = nn.Identity()
     vit.fpn4 = nn.MaxPool2d(kernel_size=2, stride=2)
-    # Recipe, not in the paper: blocks are read before any norm. So the final norm is removed.
+    # Recipe, not in the paper: outputs of blocks are read without a norm. The final one is removed.
     vit.norm = vit.fc_norm = vit.pool = None
     return vit
 
@@ -119,7 +119,7 @@ class UPerHead(nn.Module):
     """UPerNet: the coarsest map gives the context, the finest map the outlines."""
 
     def __init__(self, width, channels, classes):
-        """width: D of the maps. channels: of everything between them and the classes."""
+        """width: D of the four maps. channels: of all maps between these and the classifier."""
         super().__init__()
         # Pyramid pooling, for the coarsest map: means over regions, then all of them together.
         self.psp_modules = nn.ModuleList(
@@ -128,7 +128,7 @@ class UPerHead(nn.Module):
         # Feature pyramid, for the three finer maps: before and after the coarser map is added.
         self.lateral_convs = nn.ModuleList(conv(width, channels, 1) for _ in range(3))
         self.fpn_convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(3))
-        # The classifier, for all four.
+        # The classifier, of all four maps together.
         self.fpn_bottleneck = conv(4 * channels, channels, 3)
         self.dropout = nn.Dropout2d(DROPOUT)
         self.conv_seg = classifier(channels, classes)
@@ -139,9 +139,9 @@ class UPerHead(nn.Module):
         top = maps[3]
         pooled = [resize(pool(top), top.shape[-2:]) for pool in self.psp_modules]
         context = self.bottleneck(torch.cat([top, *pooled], dim=1))      # (B, channels, h, w)
-        # Feature pyramid: one after the other, each map receives what the next coarser one knows.
+        # Feature pyramid: from coarse to fine, the next coarser map is added to each.
         levels = [lateral(maps[i]) for i, lateral in enumerate(self.lateral_convs)] + [context]
-        for i in (2, 1, 0):
+        for i in (2, 1, 0):                  # (B, channels, h, w) each
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[-2:])
         smooth = [layer(levels[i]) for i, layer in enumerate(self.fpn_convs)] + [context]
         # All four are read together, at the size of the finest.
@@ -150,7 +150,7 @@ class UPerHead(nn.Module):
 
 
 def fcn_head(width, classes, channels):
-    """The auxiliary head: in training, blocks in the middle learn from the labels directly."""
+    """The auxiliary head (B, D, h, w) -> (B, C, h, w): inner blocks learn from labels directly."""
     return nn.Sequential(OrderedDict(
         convs=nn.Sequential(conv(width, channels, 3)),
         dropout=nn.Dropout2d(DROPOUT),
@@ -161,7 +161,7 @@ class UPerNet(nn.Module):
     """Backbone, pyramid and the two heads. The names are those of the released files."""
 
     def __init__(self, backbone, classes, channels=None, aux_channels=256):
-        """channels: width of the head; default that of the backbone, as in the paper."""
+        """channels: of UPerHead, default D as in the recipe. aux_channels: of fcn_head."""
         super().__init__()
         self.backbone = add_pyramid(backbone)
         self.taps = taps_of(backbone.depth)
@@ -202,7 +202,7 @@ class UPerNet(nn.Module):
 def pixel_cross_entropy(logits, labels):
     """Cross-entropy of logits (B, C, h, w), resized to the labels (B, H, W), in float32.
 
-    Recipe, not in the paper: the mean is over ALL pixels, those without a label included, which
+    Recipe, not in the paper: the mean is over ALL pixels. Pixels without a label are counted, and
     add 0 to the sum. So a crop that is half padding counts half.
     """
     logits = resize(logits.float(), labels.shape[-2:])       # (B, C, H, W)
@@ -210,7 +210,7 @@ def pixel_cross_entropy(logits, labels):
 
 
 def layer_of(name, depth):
-    """The layer of a parameter: 0 the embeddings, i + 1 block i, depth + 1 pyramid and heads."""
+    """The layer of a parameter: 0 embeddings, b + 1 for block b, depth + 1 pyramid and heads."""
     part = name.removeprefix("backbone.").split(".")
     if part[0] == "blocks":
         return int(part[1]) + 1
@@ -219,7 +219,7 @@ def layer_of(name, depth):
 
 def rate_groups(model, weight_decay, layer_decay):
     """AdamW groups in which layer i learns at  lr * layer_decay^(depth + 1 - i)."""
-    # Recipe, not in the paper: nothing is skipped. Unlike in the other stages, [CLS] is decayed.
+    # Recipe, not in the paper: unlike in the other stages, weight decay acts on [CLS], too.
     depth = model.backbone.depth
     return param_groups(model.named_parameters(), weight_decay, skip=(), layer_decay=layer_decay,
                         depth=depth, layer_id=lambda name: layer_of(name, depth))
@@ -227,20 +227,21 @@ def rate_groups(model, weight_decay, layer_decay):
 
 def poly_schedule(step, base, total, warmup):
     """The rate of a step: a straight line from `base` to 0, times a linear warm-up from 0 to 1."""
-    # Differs from the recipe: its warm-up starts at a millionth of `base`, ours at 0.
+    # Differs from the recipe, whose warm-up starts at a millionth of `base`. Ours starts at 0, as
+    # in the other stages.
     rate = base * (1 - step / total)
     return rate * (step / warmup) if step < warmup else rate
 
 
 # --- method: prediction and scores ----------------------------------------------------------------
 def window_starts(side, window, stride):
-    """Where windows begin along a side: every `stride` pixels. The last one ends with the side."""
+    """Where windows begin on a side: every `stride` pixels, but the last one ends with the side."""
     count = math.ceil(max(side - window, 0) / stride) + 1
     return [max(0, min(i * stride, side - window)) for i in range(count)]
 
 
 def slide(logits_of, images, window, stride):
-    """Logits (B, C, H, W): at every pixel the mean over all windows that show the pixel.
+    """Logits (B, C, H, W): at every pixel, the mean of the logits of all windows that show it.
 
     images (B, 3, H, W), no smaller than the window. window, stride: (height, width).
     logits_of: (B, 3, *window) -> (B, C, h, w), of any size.
@@ -252,7 +253,7 @@ def slide(logits_of, images, window, stride):
         for left in window_starts(width, window[1], stride[1]):
             place = ..., slice(top, top + window[0]), slice(left, left + window[1])
             logits = resize(logits_of(images[place]).float(), window)
-            if total is None:                                # the first window tells C
+            if total is None:                                # C is known from here on
                 total = logits.new_zeros(*logits.shape[:2], height, width)
             total[place] += logits
             times[place] += 1
@@ -263,15 +264,15 @@ def view_logits(model, images, scale, mirrored):
     """Logits (B, C, h, w) of one view of images (B, 3, H, W) in [0, 1]: resized, maybe mirrored.
 
     Images are resized to fit (4 S, S) x scale, S the side of the crop (base: 2048, 512), and read
-    through windows. The logits come back with the mirror image turned back.
+    through windows. Logits of a mirror image are mirrored back.
     """
     window = model.backbone.image_size
     stride = [round(side * 2 / 3) for side in window]        # 341 of 512
     size = tuple(images.shape[-2:])
     height, width = fit_size(*size, 4 * min(window) * scale, min(window) * scale)
     view = images if (height, width) == size else resize(images, (height, width))
-    # Differs from the recipe, which fails if a side is shorter than the window (aspect above 4,
-    # scales below 1). We pad with 0, the mean colour, and remove the padding below.
+    # Differs from the recipe, which rounds the view to bytes and fails if a side is shorter
+    # than the window (aspect above 4, scales below 1): we pad with 0, the mean colour.
     missing_height = max(window[0] - height, 0)
     missing_width = max(window[1] - width, 0)
     view = F.pad(imagenet_normalize(view), (0, missing_width, 0, missing_height))
@@ -286,8 +287,7 @@ def predict(model, images, scales=(1.0,), flip=False):
     """Class probabilities of images (B, 3, H, W) in [0, 1], of any size.
 
     Yields them in bands from top to bottom, (B, C, rows, W) each: all at once would take 0.6 GB
-    per megapixel with 150 classes. They are averaged over `scales` and, with `flip`, over mirror
-    images.
+    per megapixel with 150 classes. They are means over `scales` and, with `flip`, mirror images.
     """
     size = tuple(images.shape[-2:])
     views = [(scale, mirrored) for scale in scales for mirrored in (False, True)[:1 + flip]]
@@ -305,7 +305,7 @@ def predict(model, images, scales=(1.0,), flip=False):
 
 
 def confusion(predicted, labels, classes):
-    """How many pixels of class i (row) were called class j (column).  2 x (B, H, W) -> (C, C)"""
+    """How many pixels of class i (row) are predicted as j (column).  2 x (B, H, W) -> (C, C)"""
     known = labels != IGNORE
     pairs = labels[known].long() * classes + predicted[known]        # i C + j
     return pairs.bincount(minlength=classes ** 2).view(classes, classes)
@@ -319,11 +319,11 @@ def scores(matrix, background=False):
     no IoU (NaN) and stays out of the mean.
     """
     matrix = matrix.cpu().double()           # mps has no float64
-    hit = matrix.diagonal()
-    of_class = matrix.sum(dim=1)
-    called = matrix.sum(dim=0)
-    iou = 100 * hit / (of_class + called - hit)              # intersection / union
-    acc = 100 * hit / of_class
+    hit = matrix.diagonal()                                  # (C,) intersection
+    labelled = matrix.sum(dim=1)                             # (C,)
+    predicted = matrix.sum(dim=0)                            # (C,)
+    iou = 100 * hit / (labelled + predicted - hit)           # intersection / union
+    acc = 100 * hit / labelled
     a_acc = 100 * hit.sum() / matrix.sum()
     figures = dict(miou=iou.nanmean().item(), m_acc=acc.nanmean().item(), a_acc=a_acc.item())
     if background:
@@ -380,7 +380,7 @@ def train(args):
         for images, labels in run.micro_batches():
             images = data.to_float(images, run.device)                   # (B, 3, H, W)
             labels = labels.to(run.device, non_blocking=True).long()     # (B, H, W)
-            # Classify the pixels: from the pyramid, and from one map with the auxiliary head.
+            # Classify the pixels: from all four maps, and from one with the auxiliary head.
             with run.autocast():
                 logits, logits_aux = network(imagenet_normalize(images))         # (B, C, h, w)
             loss_main = pixel_cross_entropy(logits, labels)
@@ -394,7 +394,7 @@ def train(args):
         if run.log_due:
             run.log(loss=loss, loss_main=loss_main, loss_aux=loss_aux)
         if run.evaluation_due:
-            batchnorm.average_statistics(model, run)         # all processes measure one network
+            batchnorm.average_statistics(model, run)         # the same network in all processes
             result, iou, acc = evaluate(model, val_set, run)
             run.log_evaluation(result)
 
