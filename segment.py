@@ -433,6 +433,7 @@ def evaluate_file(args):
     """--eval: measure the segmenter in a file on the held-out images of --data."""
     run = Run("segment_eval", args)
     model, file = load_segmenter(args.checkpoint)
+    args.zero = args.zero or file.get("args", {}).get("zero")
     val_set = open_for_segmenter(args, model.arch()["num_classes"], file.get("classes"))
     data.leave_out_bad(args, run, val_set)
     result, iou, acc = evaluate(model.to(run.device), val_set, run, args.multi_scale)
@@ -446,7 +447,9 @@ def parse_args(argv=None):
     p = run_parser(__doc__, without=("data", "data_dir", "download", "image_size"))
     add = p.add_argument_group("segmentation").add_argument
     add("--data", help="shapes, or a folder in ADE20K's layout; base: datasets/ade20k")
-    add("--classes", type=whole(2, 254), help="classes of a folder, label 0 left out; default 150")
+    add("--classes", type=whole(2, 254), help="how many classes a folder has; default 150")
+    add("--zero", choices=["unlabelled", "class"], help="what number 0 of a folder's label maps "
+        "is; default unlabelled, as in ADE20K")
     add("--train-images", type=whole(1), help="use so many labelled images; base: all, tiny: 200")
     add("--image-size", type=whole(1), nargs="+", action=Size, metavar="PIXELS",
         help="side of the crop, or its height and width; base: 512")

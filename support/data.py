@@ -11,6 +11,7 @@ processes changes nothing, and a run that goes on needs no saved generator.
 """
 import math
 import os
+import sys
 from pathlib import Path
 from traceback import walk_tb
 
@@ -20,8 +21,10 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from support.checks import check_sets
 from support.files import UserError
-from support.images import Cifar, Folder, shown
+from support.find import LeftOut, shown
+from support.images import Cifar, Folder
 from support.process import ignore_stop_signals, signals_wait
 from support.shapes import Shapes
 
@@ -87,16 +90,25 @@ def look_at_all(dataset, workers, process):
 
 
 def leave_out_bad(args, process, *datasets):
-    """--on-bad-image skip: take the images that cannot be read out of these data sets.
+    """What happens to picture files before a run: bad ones are left out, the others looked at.
+
+    A line says which files of the folders are no images. --on-bad-image skip takes the images that
+    cannot be read out of these data sets. A sample of what is left goes through checks.py.
+    """
+    datasets = [dataset for dataset in datasets if hasattr(dataset, "paths")]    # picture files
+    say_what_is_left_out(datasets, process)
+    if args.on_bad_image == "skip" and datasets:
+        skip_bad(args, process, datasets)
+    check_sets(datasets, process)
+
+
+def skip_bad(args, process, datasets):
+    """Take the images that cannot be read out of these data sets.
 
     OUT/bad_images.txt lists them with the reasons. UserError if no image of a data set is left.
-
     All files are read once at the start, and not when a batch meets a bad one. So an epoch has one
     length, an evaluation counts each readable image once, and a resumed run meets the same images.
     """
-    datasets = [dataset for dataset in datasets if hasattr(dataset, "paths")]    # picture files
-    if args.on_bad_image == "stop" or not datasets:
-        return
     total = sum(map(len, datasets))
     titles, reasons_of_bad = [], []
     for dataset in datasets:
@@ -117,6 +129,17 @@ def leave_out_bad(args, process, *datasets):
         some = ", ".join(titles[:3] + ["..."] * (len(titles) > 3))
         process.warn(f"{len(titles)} of {total} images cannot be read and are left out ({some}); "
                      f"{file} says why")
+
+
+def say_what_is_left_out(datasets, process):
+    """A printed line for each folder with files that are not used: how many, and why."""
+    folders = {}
+    for dataset in datasets:
+        folders.setdefault(dataset.name, LeftOut()).merge(dataset.left_out)
+        dataset.left_out = LeftOut()         # a worker need not carry the list
+    for root, left_out in folders.items():
+        if left_out and process.is_main:
+            print(f"note: {left_out.text(root)}", file=sys.stderr, flush=True)
 
 
 def write_list(file, lines):

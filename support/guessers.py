@@ -22,7 +22,11 @@ def commonest_codes(tokenizer, dataset, run):
         with run.autocast():
             z = tokenizer.encode(images)
         counts.scatter_add_(1, z.T, torch.ones_like(z.T, dtype=counts.dtype))
-    return run.sum(counts).argmax(dim=1)
+    counts = run.sum(counts)
+    if counts.sum(dim=0).count_nonzero() == 1:
+        run.warn(f"the tokenizer gives the same code to every patch of {most} images: there is "
+                 f"nothing to find out about hidden patches; train another with python vqkd.py")
+    return counts.argmax(dim=1)
 
 
 def nearest_visible_code(z, mask, grid):

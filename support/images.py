@@ -5,7 +5,6 @@
       Folder        picture files, read from disk when asked for
     read_image      any picture file -> (3, H, W) uint8 RGB
     Photo           a JPEG of which only the size is known, decoded at full size or less
-    find_images     the picture files below a folder
 
 A picture or folder that cannot be used is a UserError: one sentence that names it and the remedy.
 """
@@ -19,9 +18,11 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from support.files import UserError
+from support.find import (
+    IMAGE_ENDINGS, LeftOut, class_folders, find_classes, labelled_files, more_formats, shown,
+    unlabelled_files)
 from support.process import seed_all
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # What such a file may hold, whatever its ending says. Pillow reads more formats, but for some of
 # them (EPS) it runs other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
@@ -138,18 +139,18 @@ class Cifar(InMemory):
 class Folder(Images):
     """Picture files: train/CLASS/* and val/CLASS/*, or, unlabelled, images at any depth.
 
-    Unlabelled, the folders train/ and val/ are taken if they exist. Without val/, every 20th image
-    is held out in its place. Split None is every image.
+    Unlabelled, find.unlabelled_files chooses. Split None is every image.
     `limit` images are spread evenly over the sorted list, in which class follows class.
     """
 
     def __init__(self, root, split, transform=None, seed=0, limit=None, labelled=True):
         super().__init__(str(root), split, transform, seed)
+        self.left_out = LeftOut()            # what else lies there, for a line on the screen
         if labelled:
-            self.classes = find_classes(root)
-            paths, labels = labelled_files(root, split, self.classes)
+            self.classes = find_classes(root, self.left_out)
+            paths, labels = labelled_files(root, split, self.classes, self.left_out)
         else:
-            paths = unlabelled_files(root, split)
+            paths = unlabelled_files(root, split, self.left_out)
         if not paths:
             raise UserError(
                 f"{shown(root)} holds no image for {split or 'this'} ({' '.join(IMAGE_ENDINGS)}): "
@@ -165,18 +166,21 @@ class Folder(Images):
     def names(self):
         return [os.fsdecode(path) for path in self.paths]
 
+    def path(self, index):
+        return os.fsdecode(self.paths[index])
+
     def image(self, index):
-        return read_image(os.fsdecode(self.paths[index]))
+        return read_image(self.path(index))
 
     def source(self, index):
-        return open_photo(os.fsdecode(self.paths[index]))
+        return open_photo(self.path(index))
 
     def look(self, index):
         """Read image `index` only to see whether that goes well; UserError if not."""
-        read_image(os.fsdecode(self.paths[index]), s=8)
+        read_image(self.path(index), s=8)
 
     def title(self, index):
-        return shown(os.fsdecode(self.paths[index]))
+        return shown(self.path(index))
 
     def __len__(self):
         return len(self.paths)
@@ -188,11 +192,12 @@ def open_class_folders(root, transform=None, seed=0, limit=None):
     `limit` spreads over all images and takes no class away.
     """
     dataset = Folder(root, None, transform, seed, limit, labelled=False)
-    dataset.classes = class_folders(root)
-    number = {name: i for i, name in enumerate(dataset.classes)}
+    classes = class_folders(root)
+    dataset.classes = list(classes)
+    number = {folder: i for i, name in enumerate(classes) for folder in classes[name]}
     above = os.path.join(root, "")
     folders = [path.removeprefix(above).split(os.sep)[0] for path in dataset.names]
-    stray = set(folders) - set(dataset.classes)
+    stray = set(folders) - set(number)
     if stray:
         root = shown(root)
         fault = "images outside its" if dataset.classes else "no"
@@ -208,12 +213,6 @@ def open_images(path, transform=None):
 
 
 # --- reading one picture --------------------------------------------------------------------------
-def shown(path):
-    """A path or name on one line, for a message: line breaks and bytes that are no text escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in os.fsdecode(path))
-
-
 @contextlib.contextmanager
 def reading(path, kind="image"):
     """Any error inside the block becomes one sentence that names the picture file."""
@@ -233,11 +232,16 @@ def reading(path, kind="image"):
                         f"remove it or replace it") from error
 
 
+def formats():
+    """Pillow's names of the formats that are read here."""
+    return [*FORMATS, *set(more_formats().values())]
+
+
 @contextlib.contextmanager
 def open_picture(path, kind="image"):
     """A picture file, opened by Pillow. Any error inside the block becomes one sentence."""
     from PIL import Image
-    with reading(path, kind), Image.open(path, formats=FORMATS) as image:
+    with reading(path, kind), Image.open(path, formats=formats()) as image:
         yield image
 
 
@@ -309,12 +313,8 @@ class Photo:
     def __init__(self, path, image):
         self.path = path
         self.image = image                   # Pillow's, whose file is open
-        width, height = image.size
-        turn = 1
-        with contextlib.suppress(Exception):                 # a damaged note says nothing
-            turn = image.getexif().get(0x0112, 1)
-        on_its_side = turn in (5, 6, 7, 8)
-        self.shape = (3, width, height) if on_its_side else (3, height, width)
+        height, width = upright_size(image.size[::-1], turn_of(image))
+        self.shape = (3, height, width)
 
     def decode(self, s=1):
         with reading(self.path):
@@ -325,94 +325,42 @@ def open_photo(path):
     """-> a Photo if the picture is a JPEG, else its pixels"""
     from PIL import Image
     with reading(path):
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(path, formats=formats())
         if image.format in ("JPEG", "MPO"):                  # MPO: more pictures lie behind it
             return Photo(path, image)
         with image:
             return pixels_of(image)
 
 
-# --- finding pictures -----------------------------------------------------------------------------
-def no_entry(error):
-    """Raise if a folder may not be read. os.walk alone would pass over it without a word."""
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise UserError(f"cannot look into the folder {shown(error.filename)} ({error.strerror}): "
-                        f"change its permissions, or move it away") from error
+# --- photographs with an EXIF note ----------------------------------------------------------------
+def turn_of(image):
+    """How an open picture has to be turned to be upright: from 1, not at all, to 8.
 
-
-def entries_of(folder):
-    """-> names of the folders and of the files in `folder`, without hidden ones.
-
-    Both lists are empty if there is no such folder.
+    The camera wrote it into the EXIF note.
     """
-    _, folders, files = next(os.walk(folder, onerror=no_entry), (folder, [], []))
-    folders = [name for name in folders if not name.startswith(".")]
-    files = [name for name in files if not name.startswith(".")]
-    return folders, files
+    turn = 1
+    with contextlib.suppress(Exception):                     # a damaged note says nothing
+        turn = image.getexif().get(0x0112, 1)
+    return turn if turn in range(1, 9) else 1
 
 
-def find_images(folder, above=()):
-    """All picture files at any depth below a folder, sorted: every machine numbers them alike.
-
-    Other files and hidden ones are passed over. Links to folders are followed, except back to a
-    folder that we are in (`above`).
-    """
-    here = os.path.realpath(folder)
-    if here in above:
-        return []
-    folders, files = entries_of(folder)
-    found = [os.path.join(folder, name) for name in files if name.lower().endswith(IMAGE_ENDINGS)]
-    for name in folders:
-        found += find_images(os.path.join(folder, name), (*above, here))
-    return sorted(found)
+def upright_size(size, turn):
+    """(height, width) of a picture after the turn."""
+    return size[::-1] if turn >= 5 else size
 
 
-def class_folders(folder):
-    """The names of the folders in `folder`, sorted, without hidden ones."""
-    return sorted(entries_of(folder)[0])
+def turn_upright(numbers, turn):
+    """Turn an array (H, W) as read_image turns a photograph with this note."""
+    if turn >= 5:
+        numbers = numbers.T
+    if turn in (3, 4, 7, 8):
+        numbers = numbers[::-1]
+    if turn in (2, 3, 6, 7):
+        numbers = numbers[:, ::-1]
+    return np.ascontiguousarray(numbers)
 
 
-def find_classes(root):
-    """The class folders of root/train, sorted. root/val must have the same ones."""
-    found = {}
-    for split in ("train", "val"):
-        found[split] = class_folders(os.path.join(root, split))
-        if not found[split]:
-            raise UserError(f"{shown(root)} has no class folders {split}/CLASS/*, which give the "
-                            f"labels: put the images there")
-    odd = sorted(set(found["train"]) ^ set(found["val"]))
-    if odd:
-        root = shown(root)
-        raise UserError(f"{root}/train and {root}/val must hold the same class folders, but only "
-                        f"one of them has {shown(', '.join(odd[:5]))}: add or remove it")
-    return found["train"]
-
-
-def labelled_files(root, split, classes):
-    """-> paths and labels of the images in root/split/CLASS, class after class."""
-    paths, labels = [], []
-    for number, name in enumerate(classes):
-        folder = os.path.join(root, split, name)
-        found = find_images(folder)
-        if not found:
-            raise UserError(f"the class folder {shown(folder)} holds no image: fill it, or remove "
-                            f"it from both splits")
-        paths += found
-        labels += [number] * len(found)
-    return paths, labels
-
-
-def unlabelled_files(root, split):
-    """-> paths of the images of a split, as Folder says; split None is all, or a single file."""
-    if split is None:
-        return [str(root)] if os.path.isfile(root) else find_images(root)
-    if os.path.isdir(os.path.join(root, "val")):
-        return find_images(os.path.join(root, split))
-    train = os.path.join(root, "train")
-    paths = find_images(train if os.path.isdir(train) else root)
-    return [path for i, path in enumerate(paths) if (i % 20 == 0) == (split == "val")]
-
-
+# --- choosing -------------------------------------------------------------------------------------
 def spread(n, limit):
     """Which of n images to keep: `limit` indices at even distances, or all of them."""
     count = min(limit or n, n)

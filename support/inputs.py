@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from support.args import flag
 from support.files import UserError
-from support.images import find_images, shown
+from support.find import find_images, shown
 from support.teachers import split_names
 
 SPLITS = "train", "val", "images", "annotations"     # what stages read of a folder, if it has them

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from support import data
 from support.files import UserError
+from support.find import plain_name, read_text
 from support.images import open_class_folders, shown
 
 
@@ -98,12 +99,12 @@ def read_classes(path):
     Raises UserError for a file that cannot be read, an empty name or a name that occurs twice.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"--classes {path} cannot be read ({error}): "
                         f"give one name a line, or a JSON list") from error
-    names = [str(name).strip() for name in names]
+    names = [plain_name(str(name)).strip() for name in names]
     if not names or len(set(names)) < len(names) or "" in names:
         raise UserError(f"--classes {path} has no name, a name twice or an empty line: "
                         f"give every logit one of its own")
@@ -116,7 +117,7 @@ def columns_of(dataset, names, source):
     names: the classes of the logits in their order; source: where they stand, for the message of
     the UserError that a class without a logit raises.
     """
-    column = {name: i for i, name in enumerate(names)}
+    column = {plain_name(name): i for i, name in enumerate(names)}
     unknown = [name for name in dataset.classes if name not in column]
     if unknown:
         some = shown(", ".join(unknown[:5] + ["..."] * (len(unknown) > 5)))

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from support import data, inputs
 from support.files import (
     Lock, Log, UserError, describe_run, plain_args, read_file, rounded, set_aside, write_file)
-from support.images import find_images
+from support.find import find_images
 from support.process import STOP_SIGNALS, Process, StopSignal, join_processes, seed_all
 
 # Arguments that may change between a run and its continuation. They do not say what is computed.

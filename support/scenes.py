@@ -4,7 +4,7 @@
 
 A label is the number of a class, or IGNORE for a pixel without one.
 
-Read in this order: SegmentTransform, distort, Scenes, read_labels, open_scenes.
+Read in this order: SegmentTransform, distort, Scenes, read_numbers, to_labels, open_scenes.
 """
 # Shapes:  H x W an image, S the side of a crop
 import colorsys
@@ -18,7 +18,10 @@ import torch.nn.functional as F
 
 from model import IMAGENET_MEAN
 from support.files import UserError
-from support.images import Images, find_images, open_picture, read_image, shown, spread
+from support.find import (
+    LeftOut, find_images, leave_out_beside, plain_name, read_text, shown)
+from support.images import (
+    Images, open_picture, read_image, spread, turn_of, turn_upright, upright_size)
 from support.positions import sides
 from support.process import seed_all
 from support.shapes import SHAPES, Shapes
@@ -192,91 +195,153 @@ class ShapeScenes(Scenes):
 class SceneFolder(Scenes):
     """ADE20K's layout: images/training/NAME.jpg with annotations/training/NAME.png, and validation.
 
-    Annotations are read by read_labels. `limit` images are spread evenly over the sorted names.
+    Annotations are pictures with one channel of class numbers; 255 marks a pixel without a label.
+    zero: "class" if 0 is a class, too; "unlabelled", ADE20K's rule, if 0 is no class and number 1
+    is label 0; None if the user did not say, which is read as "unlabelled".
+    `limit` images are spread evenly over the sorted names.
     """
 
     background = False
     at_once = 1              # images have sizes of their own
 
-    def __init__(self, root, split, classes, transform=None, seed=0, limit=None):
+    def __init__(self, root, split, classes, transform=None, seed=0, limit=None, zero=None):
         super().__init__(str(root), split, transform, seed)
-        self.classes = class_names(root, classes)
-        images = os.path.join(root, "images", FOLDERS[split])
-        annotations = os.path.join(root, "annotations", FOLDERS[split])
-        paths = find_images(images)
-        if not paths:
-            raise UserError(f"{shown(images)} holds no image: label maps want ADE20K's layout, "
-                            f"images/{{training,validation}}/NAME.jpg and "
-                            f"annotations/{{training,validation}}/NAME.png")
-        paths = [paths[i] for i in spread(len(paths), limit)]
-        targets = []
-        for path in paths:
-            name = os.path.splitext(os.path.relpath(path, images))[0] + ".png"
-            target = os.path.join(annotations, name)
-            if not os.path.isfile(target):
-                raise UserError(f"there is no annotation {shown(target)} for {shown(path)}: "
-                                f"add it, or remove the image")
-            targets.append(target)
+        self.zero = zero
+        self.first = 0 if zero == "class" else 1             # the number of the first class
+        self.unlabelled = {IGNORE} if zero == "class" else {0, IGNORE}
+        names = class_names(root, classes)
+        self.has_names = names is not None
+        self.classes = names or [f"class {i + self.first}" for i in range(classes)]
+        paths, targets, self.left_out = find_pairs(root, FOLDERS[split], limit)
         # Arrays of bytes, for the reason given in Folder.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.targets = np.array([os.fsencode(target) for target in targets])
 
+    def path(self, index):
+        return os.fsdecode(self.paths[index])
+
     def title(self, index):
-        return shown(os.fsdecode(self.paths[index]))
+        return shown(self.path(index))
 
     def pair(self, index):
-        path = os.fsdecode(self.paths[index])
+        image = read_image(self.path(index))
         target = os.fsdecode(self.targets[index])
-        image = read_image(path)
-        labels = read_labels(target, len(self.classes))
-        if image.shape[1:] != labels.shape:
-            raise UserError(f"{shown(target)} is {labels.shape[1]}x{labels.shape[0]}, its image "
-                            f"{shown(path)} {image.shape[2]}x{image.shape[1]}: "
-                            f"they must have the same size")
-        return image, labels
+        return image, to_labels(self.numbers(index), len(self.classes), self.first, target)
+
+    def numbers(self, index):
+        """The label map of an image as it is stored, turned as its image is.  -> (H, W) integers"""
+        return read_numbers(os.fsdecode(self.targets[index]), self.path(index))
 
     def look(self, index):
-        """Read a pair only to see whether it can be read. Its sizes and labels are not checked."""
-        read_image(os.fsdecode(self.paths[index]), s=8)
-        with open_picture(os.fsdecode(self.targets[index]), "annotation") as picture:
-            picture.load()
+        """Read a pair only to see whether it can be read. Its labels are not checked."""
+        read_image(self.path(index), s=8)
+        self.numbers(index)
 
     def __len__(self):
         return len(self.paths)
 
 
+def find_pairs(root, folder, limit=None):
+    """-> paths of the images in root/images/FOLDER, of their maps in annotations/FOLDER, LeftOut
+
+    Names are compared without their endings. `limit` images are spread evenly over the names.
+    """
+    images = os.path.join(root, "images", folder)
+    annotations = os.path.join(root, "annotations", folder)
+    left_out = LeftOut()
+    found = find_images(images, left_out)
+    if not found:
+        raise UserError(f"{shown(images)} holds no image: label maps want ADE20K's layout, "
+                        f"images/{{training,validation}}/NAME.jpg and "
+                        f"annotations/{{training,validation}}/NAME.png")
+    maps = {}
+    for path in find_images(annotations, left_out):
+        maps.setdefault(stem_of(path, annotations), []).append(path)
+    paths = [found[i] for i in spread(len(found), limit)]
+    targets = []
+    for path in paths:
+        stem = stem_of(path, images)
+        if stem not in maps:
+            target = os.path.join(annotations, f"{stem}.png")
+            raise UserError(f"there is no annotation {shown(target)} for {shown(path)}: "
+                            f"add it, or remove the image")
+        targets.append(maps[stem][0])
+    of_images = {stem_of(path, images) for path in found}
+    for stem, some in maps.items():
+        for path in some[1:] if stem in of_images else some:
+            left_out.add("annotations without an image", path)
+    leave_out_beside(root, ["images", "annotations", "objectInfo150.txt"], left_out)
+    for kind in ("images", "annotations"):
+        leave_out_beside(os.path.join(root, kind), list(FOLDERS.values()), left_out)
+    return paths, targets, left_out
+
+
+def stem_of(path, folder):
+    """The name of a file below `folder`, without its ending; é is é however it is written."""
+    return plain_name(os.path.splitext(os.path.relpath(path, folder))[0])
+
+
 def class_names(root, count):
-    """The names in ROOT/objectInfo150.txt, a file of ADE20K. Without it, or if it has another
-    number of names, the classes are called "class 1", "class 2" and so on.  -> list of str"""
+    """The names in ROOT/objectInfo150.txt, a file of ADE20K.  -> list of str
+
+    None without it, or if it has another number of names.
+    """
     try:
-        lines = Path(root, "objectInfo150.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(root, "objectInfo150.txt")).splitlines()
     except (OSError, ValueError):            # ValueError: the file is not UTF-8
-        lines = []
+        return None
     synonyms = [line.split("\t")[-1] for line in lines[1:]]  # the first line is a header
     names = [line.split(",")[0].strip() for line in synonyms]
-    if len(names) == count:
-        return names
-    return [f"class {i + 1}" for i in range(count)]
+    return names if len(names) == count else None
 
 
-def read_labels(path, classes):
-    """An annotation, a picture with one channel of class numbers  -> labels (H, W) uint8
+def read_numbers(path, image=None):
+    """An annotation, a picture with one channel of class numbers.  -> (H, W) integers
 
-    ADE20K's rule: class numbers 1 to `classes` become labels 0 to classes - 1. The numbers 0 and
-    255 mark pixels without a label, and become IGNORE. Raises UserError for any other picture.
+    image: the file of its image, whose size it must have. An EXIF note that turns the photograph
+    turns its annotation as well. UserError for any other picture.
     """
     with open_picture(path, "annotation") as picture:
         mode = picture.mode
+        form = picture.format
         numbers = np.array(picture)
     if mode not in ("L", "P", "I", "I;16"):
         raise UserError(f"{shown(path)} has pixels of kind {mode}: an annotation has one channel "
                         f"of class numbers")
-    unlabelled = (numbers == 0) | (numbers == IGNORE)
-    beyond = numbers[(numbers > classes) & ~unlabelled]
+    if form in ("JPEG", "MPO"):
+        raise UserError(f"{shown(path)} is a JPEG, which changes the numbers of the classes: save "
+                        f"annotations as PNG")
+    if image is None:
+        return numbers
+    with open_picture(image) as photo:
+        turn = turn_of(photo)
+        size = photo.size[::-1]                              # (H, W) as it is stored
+    upright = upright_size(size, turn)
+    if turn > 1 and upright == size == numbers.shape:
+        raise UserError(
+            f"the EXIF note of {shown(image)} turns it, and {shown(path)} would fit before and "
+            f"after: save the photograph upright and without the note, as its annotation is drawn")
+    if turn > 1 and numbers.shape == size:   # drawn before the photograph was turned
+        return turn_upright(numbers, turn)
+    if numbers.shape != upright:
+        raise UserError(f"{shown(path)} is {numbers.shape[1]}x{numbers.shape[0]}, its image "
+                        f"{shown(image)} {upright[1]}x{upright[0]}: they must have the same size")
+    return numbers
+
+
+def to_labels(numbers, classes, first=1, name="it"):
+    """Class numbers (H, W) from `first` on -> labels (H, W) uint8 from 0 on.
+
+    ADE20K's rule is first = 1: the numbers 1 to `classes` become 0 to classes - 1. What lies below
+    `first`, and 255, become IGNORE. UserError for a number beyond the classes, of the file `name`.
+    """
+    labels = numbers.astype(np.int64) - first
+    unlabelled = (labels < 0) | (numbers == IGNORE)
+    beyond = numbers[(labels >= classes) & ~unlabelled]
     if beyond.size:
-        raise UserError(f"{shown(path)} holds label {beyond.max()}, but there are {classes} "
+        raise UserError(f"{shown(name)} holds label {beyond.max()}, but there are {classes} "
                         f"classes: give --classes N")
-    labels = np.where(unlabelled, IGNORE, numbers.astype(np.int64) - 1)
+    labels = np.where(unlabelled, IGNORE, labels)
     return torch.from_numpy(labels.astype(np.uint8))
 
 
@@ -286,14 +351,16 @@ def open_split(args, split, classes, transform=None):
     if split == "train":
         limits.append(args.train_images)
     limit = min([n for n in limits if n], default=None)
-    return open_scenes(args.data, split, transform, classes=classes, limit=limit, seed=args.seed)
+    return open_scenes(args.data, split, transform, classes=classes, limit=limit, seed=args.seed,
+                       zero=args.zero)
 
 
-def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0):
+def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0, zero=None):
     """The data set behind --data: "shapes", or a folder in ADE20K's layout.
 
     split: "train" or "val". classes: how many classes a folder has; default 150. limit: how many
-    images to keep. Raises UserError for a name without label maps.
+    images to keep. zero: what number 0 of a folder means, see SceneFolder. Raises UserError for a
+    name without label maps.
     """
     if name == "shapes":
         if classes not in (None, 1 + len(SHAPES)):
@@ -305,7 +372,7 @@ def open_scenes(name, split, transform=None, *, classes=None, limit=None, seed=0
         raise UserError(f"--data {shown(name)}: {reason}; give shapes or a folder with "
                         f"images/training, images/validation, annotations/training, "
                         f"annotations/validation (ADE20K: ADEChallengeData2016.zip)")
-    return SceneFolder(name, split, classes or 150, transform, seed, limit)
+    return SceneFolder(name, split, classes or 150, transform, seed, limit, zero)
 
 
 def open_for_segmenter(args, count, names):

@@ -46,6 +46,8 @@ TESTS = {  # which tests/test_*.py run, in this order, where a bug names no othe
     "support/files.py": "files out",
     "support/inputs.py": "inputs",
     "support/data.py": "batches length",
+    "support/checks.py": "checks",
+    "support/find.py": "find images batches",
     "support/images.py": "images batches",
     "support/shapes.py": "shapes",
     "support/transforms.py": "transforms",
@@ -576,7 +578,7 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ),
         ("padding is a class", "border, fill=IGNORE)", "border, fill=0)"),
         ("padding is black", "fill=mean)", "fill=0)"),
-        ("ADE labels not shifted", "numbers.astype(np.int64) - 1)", "numbers.astype(np.int64))"),
+        ("ADE labels not shifted", "numbers.astype(np.int64) - first", "numbers.astype(np.int64)"),
         ("images never enlarged", "(self.jitter - 1 / self.jitter)", "(1 - 1 / self.jitter)"),
         (
             "ignored pixels in cat_max",
@@ -709,10 +711,40 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ("16 bits cut off", "(levels / 257)", "(levels % 256)"),
         ("photographs not turned upright", "ImageOps.exif_transpose(image, in_place=True)", "pass"),
         ("a limit takes the first images", "np.linspace(0, n - 1, count)", "np.arange(count)"),
+    ],
+    "support/find.py": [
         (
             "held-out images stay in training",
             '(i % 20 == 0) == (split == "val")',
             'i % 20 == 0 or split == "train"',
+        ),
+        (
+            "other files are dropped in silence",
+            "        if reason:\n            left_out.add(reason, os",
+            "        if reason:\n            LeftOut().add(reason, os",
+        ),
+        (
+            "folders of label maps are taken for images",
+            "            found.add(name)\n    return found\n\n\ndef label_files",
+            "            pass\n    return found\n\n\ndef label_files",
+        ),
+        ("masks beside no images are left out", "known.intersection(beside) or", "True or"),
+        (
+            "a composed name is another name",
+            'unicodedata.normalize("NFC", name)',
+            "name",
+        ),
+        ("an editor's mark belongs to the text", '"utf-8-sig"', '"utf-8"'),
+    ],
+    "support/checks.py": [
+        ("images of one colour pass", "if len(flat) == len(chosen):", "if False:"),
+        ("one class passes", "if len(dataset.classes) == 1:", "if False:"),
+        ("a sample without labels passes", "if len(classes) > 1 or (", "if True or ("),
+        ("train ids pass", "if all(n in pixels for n in range(1, last)):", "if False:"),
+        (
+            "a constant teacher passes",
+            "(0, 1))).abs().max() <= 1e-5 * scale",
+            "(0, 1))).abs().max() < 0",
         ),
     ],
     "support/shapes.py": [

@@ -21,12 +21,12 @@ import vqkd
 from model import ViT
 from support import data, transforms
 from support.files import UserError
+from support.find import IMAGE_ENDINGS, find_images
 from support.images import (
-    IMAGE_ENDINGS, Folder, Photo, find_images, open_class_folders, open_images, open_photo,
-    read_image, shown)
+    Folder, Photo, open_class_folders, open_images, open_photo, read_image, shown)
 from support.labels import columns_of
 from support.process import launch
-from support.scenes import SegmentTransform, open_scenes, read_labels
+from support.scenes import SegmentTransform, open_scenes, read_numbers
 
 
 # --- one rule for all pictures --------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_a_file_that_unpacks_to_too_many_pixels_is_refused_before_it_takes_the_m
                         lambda image: pytest.fail("it is being unpacked"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for read in (read_image, lambda path: read_labels(path, 150)):
+        for read in (read_image, read_numbers):
             assert "bomb.png (Image size" in sentence(read, path)
 
 

@@ -12,7 +12,7 @@ from support.files import UserError
 from support.process import seed_all
 from support.scenes import (
     IGNORE, SegmentTransform, class_table, distort, draw_scenes, fit_size, is_varied, open_scenes,
-    read_labels, saturate)
+    read_numbers, saturate, to_labels)
 
 
 @pytest.fixture
@@ -173,9 +173,10 @@ def test_shapes_have_a_background_and_the_class_of_each_object_plus_one():
 def test_ade_labels_shift_by_one_and_0_and_255_are_ignored(tmp_path):
     numbers = np.array([[0, 1, 2], [150, 255, 7]], dtype=np.uint8)
     Image.fromarray(numbers).save(tmp_path / "a.png")
-    assert read_labels(tmp_path / "a.png", 150).tolist() == [[255, 0, 1], [149, 255, 6]]
+    numbers = read_numbers(tmp_path / "a.png")
+    assert to_labels(numbers, 150).tolist() == [[255, 0, 1], [149, 255, 6]]
     with pytest.raises(UserError, match="a.png holds label 150, but there are 149 classes"):
-        read_labels(tmp_path / "a.png", 149)
+        to_labels(numbers, 149, name="a.png")
 
 
 def test_a_folder_gives_pairs_and_a_sample_is_a_function_of_seed_epoch_and_index(scenes):
@@ -233,6 +234,55 @@ def test_annotations_that_do_not_fit_are_one_sentence(scenes):
     assert (scenes / "images" / "training" / "3.jpg").exists()
     with pytest.raises(UserError, match="holds no image: label maps want ADE20K's layout"):
         open_scenes(scenes / "images", "train")
+
+
+# --- photographs with an EXIF note ----------------------------------------------------------------
+UNDO = {1: lambda x: x, 2: np.fliplr, 3: lambda x: x[::-1, ::-1], 4: np.flipud,
+        5: lambda x: x.swapaxes(0, 1), 6: np.rot90, 7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1)}        # from upright to what the camera stores
+
+
+def photograph(root, turn, drawn, height=32, width=48):
+    """A photograph with the note `turn`, and its label map, drawn "upright" or as "stored"."""
+    upright = np.ones((height, width), np.uint8)
+    upright[:height // 2, :width // 3] = 2
+    stored = np.ascontiguousarray(UNDO[turn](upright))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.stack([100 * stored] * 3, axis=-1))
+        image.save(root / "images" / split / "a.jpg", exif=exif, quality=100)
+        labels = upright if drawn == "upright" else stored
+        Image.fromarray(labels).save(root / "annotations" / split / "a.png")
+    return open_scenes(str(root), "train", classes=2)
+
+
+@pytest.mark.parametrize("turn", [1, 5, 6, 7, 8])
+@pytest.mark.parametrize("drawn", ["upright", "stored"])
+def test_a_photograph_and_its_label_map_turn_together(tmp_path, turn, drawn):
+    image, labels = photograph(tmp_path, turn, drawn)[0]
+    assert image.shape == (3, 32, 48)
+    assert torch.equal((image[0] > 150).int(), labels.int())             # pixel for pixel
+
+
+@pytest.mark.parametrize("turn, width", [(2, 48), (3, 48), (4, 48), (6, 32)])
+def test_a_label_map_that_would_fit_before_and_after_the_turn_is_one_sentence(
+        tmp_path, turn, width):
+    dataset = photograph(tmp_path, turn, "stored", width=width)
+    for read in (lambda: dataset[0], lambda: dataset.look(0)):
+        with pytest.raises(UserError, match="the EXIF note of .*a.jpg turns it, and .*a.png would "
+                                            "fit before and after: save the photograph upright"):
+            read()
+
+
+def test_a_label_map_saved_as_jpeg_is_one_sentence(scenes):
+    path = scenes / "annotations" / "training" / "3.png"
+    with Image.open(path) as picture:
+        picture.save(path, format="jpeg")
+    with pytest.raises(UserError, match="3.png is a JPEG, which changes the numbers"):
+        open_scenes(str(scenes), "train", classes=3)[3]
 
 
 # --- results --------------------------------------------------------------------------------------
