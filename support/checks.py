@@ -37,7 +37,10 @@ def check_sets(datasets, process):
 
 # --- images and classes ---------------------------------------------------------------------------
 def check_images(dataset, process):
-    """UserError if all images of a sample have one colour only.  -> what was looked at"""
+    """UserError if training images have one colour only, all of a sample.  -> what was looked at
+
+    Held-out images, and those that are only read by a trained network, may be as they are.
+    """
     flat, seen = [], set()
     chosen = spread(len(dataset), IMAGES_LOOKED_AT)
     for index in chosen:
@@ -51,7 +54,7 @@ def check_images(dataset, process):
         if is_flat(image):
             flat.append(dataset.title(index))
     of = f"{len(chosen)} of {len(dataset)} images{of_split(dataset)}"
-    if len(flat) == len(chosen):
+    if len(flat) == len(chosen) and dataset.split == "train":
         raise UserError(f"{shown(dataset.name)}: the images have one colour only, {flat[0]} for "
                         f"example ({of} looked at): there is nothing to learn in them, give others")
     if flat:

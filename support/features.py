@@ -268,7 +268,7 @@ def open_teacher_and_images(args, process):
     data.leave_out_bad(args, process, train_set, val_set)
     grid = grid_of(args.image_size, args.patch_size)
     teacher = build_teacher(args.teacher, grid, args.patch_size, process.device)
-    some = torch.stack([val_set[i][0] for i in spread(len(val_set), 8)])
+    some = torch.stack([train_set[i][0] for i in spread(len(train_set), 8)])
     check_teacher(teacher, data.to_float(some, process.device), process)
     if args.cache_teacher:                   # features are computed once, later only read
         how = dict(batch_size=args.micro_batch, workers=args.workers)

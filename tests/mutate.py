@@ -737,7 +737,7 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
         ("an editor's mark belongs to the text", '"utf-8-sig"', '"utf-8"'),
     ],
     "support/checks.py": [
-        ("images of one colour pass", "if len(flat) == len(chosen):", "if False:"),
+        ("images of one colour pass", "if len(flat) == len(chosen) and", "if False and"),
         ("one class passes", "if len(dataset.classes) == 1:", "if False:"),
         ("a sample without labels passes", "if len(classes) > 1 or (", "if True or ("),
         ("train ids pass", "if all(n in pixels for n in range(1, last)):", "if False:"),

@@ -11,6 +11,7 @@ import segment
 import vqkd
 from support import data
 from support.checks import check_teacher, in_words, ranges
+from support.images import open_images
 from support.process import Process
 from support.scenes import open_scenes
 
@@ -156,6 +157,12 @@ def test_images_of_one_colour_each_are_one_sentence(tmp_path, main, flags):
                            "--out", str(tmp_path / "run")])
     assert "one colour only" in text and "8 of 8 images (train)" in text
     assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_images_that_are_only_measured_may_have_one_colour(tmp_path, capsys):
+    colours(tmp_path)
+    _, err = looked_at(capsys, data.open_data(str(tmp_path), "val"), open_images(tmp_path / "val"))
+    assert err.count("warning: 8 images have one colour only") == 2
 
 
 def test_some_images_of_one_colour_and_always_the_same_picture_are_warnings(tmp_path, capsys):
