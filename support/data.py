@@ -7,7 +7,8 @@ Images stay uint8 until they are on the device; to_float then makes them [0, 1].
 
 Everything random follows from numbers one can write down: the order of an epoch from (seed,
 epoch), the augmentation of a sample from (seed, epoch, index). So the number of workers and of
-processes changes nothing, and a run that goes on needs no saved generator.
+processes changes nothing, and a run that goes on needs no saved generator. Differs from the
+released code, which seeds each process once.
 """
 import math
 import os
@@ -108,6 +109,7 @@ def skip_bad(args, process, datasets):
     OUT/bad_images.txt lists them with the reasons. UserError if no image of a data set is left.
     All files are read once at the start, and not when a batch meets a bad one. So an epoch has one
     length, an evaluation counts each readable image once, and a resumed run meets the same images.
+    Differs from the released code, which puts a random image in the place of a bad one.
     """
     total = sum(map(len, datasets))
     titles, reasons_of_bad = [], []
@@ -276,7 +278,8 @@ class TrainBatches:
 
     The order of an epoch is a function of (seed, epoch); its incomplete last batch is dropped. A
     rank holds a contiguous slice of the whole batch, and a micro-batch a slice of that. So
-    gathering all of them restores the batch of a single process.
+    gathering all of them restores the batch of a single process. Differs from the recipe, where
+    each process batches a share of the epoch, and drops the end of that.
     """
 
     def __init__(self, n, batch_size, steps, start_step=0, rank=0, world_size=1, accumulation=1,

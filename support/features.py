@@ -207,6 +207,7 @@ def cache_features(teacher, dataset, folder, process, *, flip, batch_size=64, wo
 
     dataset  shows images whole (transforms.EvalTransform): crops cannot be known beforehand
     flip     for training: the mirror images' features are stored, too, and each epoch draws one
+    Differs from the recipe, which crops at random: the teacher would run in every step.
     Loading may move the global generators of random numbers: seed them afterwards.
     """
     if not isinstance(dataset.transform, transforms.EvalTransform):

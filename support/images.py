@@ -253,7 +253,8 @@ def read_image(path, s=1):
     s: a JPEG comes at 1/s of its size (2, 4 or 8), in less time. What is broken in it shows all the
     same.
 
-    Differs from the authors' loader, which drops transparency and shows the colour that lies below.
+    Differs from the authors' loader, which drops transparency, shows the colour that lies below,
+    and does not turn images: photographs of phones would lie on their side.
     """
     with open_picture(path) as image:
         return pixels_of(image, s)
