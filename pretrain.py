@@ -188,7 +188,7 @@ def mim_loss(logits, logits_cls, z):
     logits (M, K), logits_cls (M, K) or None, z (M,) the codes. p is the soft-max of the logits.
     loss_cls has no number in the paper: it is Eq. (3) once more, through the shallow head.
     """
-    # Differs from Eq. (3), a sum: the mean over M patches, so that the batch changes no rate.
+    # Differs from Eq. (3), a sum: the mean over M patches, so a guess has ln K in any batch.
     loss_mim = F.cross_entropy(logits.float(), z)
     loss_cls = torch.zeros_like(loss_mim)
     if logits_cls is not None:

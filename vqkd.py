@@ -72,7 +72,7 @@ def vqkd_loss(o, t, h, v, beta=1.0, widths=None):
     o, t (B, N, C); h = l2(h_i) and v = l2(v_zi) (B, N, D). beta: weight of the last term.
     widths: ours, {name: width} of several teachers whose features lie side by side in C.
     """
-    # Differs from Eq. (2): means over images, patches and D, so that no size changes the rate.
+    # Differs from Eq. (2), as the released code does: means over images, patches and D, not sums.
     o, t = o.float(), t.float()
     cosine = F.cosine_similarity(o, t, dim=-1).mean()        # cos(o_i, t_i)
     cosines = teachers.each_cosine(o, t, widths)             # {} if there is one teacher

@@ -32,7 +32,7 @@ def cut(image, window, size):
 
     image: (3, H, W) uint8, or a Photo, which is decoded at 1/s of its size: s is 1, 2, 4 or 8, the
     largest that leaves MARGIN * size pixels to each side of the window.
-    Differs from the recipe, which decodes all pixels of a JPEG: that would take most of the time.
+    Differs from the recipe, which decodes all pixels of a JPEG, which takes longer.
     -> pixels of the window (3, h / s, w / s), the whole image (3, H / s, W / s)
     """
     s = 1
