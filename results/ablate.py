@@ -104,7 +104,8 @@ def regress(target):
     latest = {}                              # the features of the batch, (B N, C)
 
     def stand_in(path, device="cpu"):
-        encoder = vqkd.load_tokenizer(path, device).encoder  # only for its sizes
+        tokenizer = vqkd.load_tokenizer(path, device)        # only for its sizes
+        encoder = tokenizer.encoder
         teacher = teachers.build_teacher(target, encoder.grid, encoder.patch_size, device)
 
         def encode(images):
@@ -113,7 +114,8 @@ def regress(target):
             return torch.arange(len(latest["t"]), device=t.device).view(t.shape[:2])
 
         quantize = types.SimpleNamespace(cluster_size=torch.zeros(teacher.dim))
-        return types.SimpleNamespace(encoder=encoder, encode=encode, quantize=quantize)
+        return types.SimpleNamespace(encoder=encoder, encode=encode, quantize=quantize,
+                                     arch=tokenizer.arch)
 
     def loss(o, o_cls, z):
         t = latest["t"][z]                                   # (M, C)
