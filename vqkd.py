@@ -412,7 +412,7 @@ RECIPE = {  # base: the appendix's table of hyper-parameters; tiny and small: ou
 
 
 def parse_args(argv=None):
-    p = run_parser(__doc__, moved={"--encode": "python -m extras.features CHECKPOINT IMAGES"})
+    p = run_parser(__doc__, moved={"--encode": features_command})
     add = p.add_argument_group("VQ-KD").add_argument
     add("--teacher", help=f"whose features to distil: {teachers.NAMES}; base: clip, tiny: hog")
     add("--cache-teacher", type=Path, metavar="DIR", help="compute the teacher's features once, "
@@ -439,6 +439,13 @@ def parse_args(argv=None):
         raise UserError("--cache-teacher trains on whole images: leave out --crop-scale")
     fill_in(args, MODELS, RECIPE)
     return args
+
+
+def features_command(args):
+    """`--encode IMAGES --init FILE --out DIR` in today's words."""
+    out = args.out or Path("runs") / args.model
+    return ["extras.features", args.init or out / "vqkd.pt", args.encode,
+            "--what", "tokens", "--out", out / "tokens.npz"]
 
 
 def main(argv=None):

@@ -63,7 +63,8 @@ def flags(stage):
     """{flag: what it does}, without --help."""
     found = {}
     for action in parser_of(stage)._actions:
-        if action.option_strings and not isinstance(action, argparse._HelpAction):
+        hidden = action.help == argparse.SUPPRESS            # it only hands on to another command
+        if action.option_strings and not hidden and not isinstance(action, argparse._HelpAction):
             text = action.help or ""
             if action.choices:
                 text = f"{', '.join(map(str, action.choices))}. {text}"

@@ -1,6 +1,9 @@
 """The flags that stages share, and types that check a flag's range where the flag is declared."""
 import argparse
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from model import PRESETS
@@ -12,20 +15,40 @@ class Parser(argparse.ArgumentParser):
     """A mistake on the command line becomes a UserError. Flags have to be written out in full."""
 
     def __init__(self, description, moved=None):
+        """moved: {"--old": function of the arguments -> the words of the command it is now}."""
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.moved = moved or {}
+        for name in self.moved:              # an attribute of args only if it is given
+            self.add_argument(name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
-    def parse_known_args(self, args=None, namespace=None):
-        args, unknown = super().parse_known_args(args, namespace)
-        for word in unknown:
-            name = word.partition("=")[0]
-            if name in self.moved:
-                raise UserError(f"{name} has moved: {self.moved[name]}")
-        return args, unknown
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        for name, command in self.moved.items():
+            if hasattr(args, name.strip("-").replace("-", "_")):
+                run_instead(name, [*command(args), *self.typed(args, SHARED)])
+        return args
+
+    def typed(self, args, names):
+        """The words of those of these flags that were given: ["--workers", 2]"""
+        given = [name for name in names if getattr(args, name, None) != self.get_default(name)]
+        return [word for name in given for word in (flag(name), getattr(args, name))]
 
     def error(self, message):
         raise UserError(message.removeprefix("argument "))
+
+
+SHARED = "batch_size", "workers", "device", "on_bad_image"   # the same in every command
+
+
+def run_instead(name, words):
+    """The flag `name` has become `python -m WORDS`: say so, run that, end with its exit code."""
+    words = list(map(str, words))
+    print(f"note: {name} is now `python -m {shlex.join(words)}`", file=sys.stderr, flush=True)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-m", *words], env=os.environ | {"PYTHONPATH": path})
+    code = done.returncode
+    raise SystemExit(code if code >= 0 else 128 - code)      # negative: ended by this signal
 
 
 def whole(low, high=10**9):
@@ -64,7 +87,7 @@ def run_parser(description, without=(), moved=None):
     """A parser that knows the flags about running. A stage adds the flags of its method.
 
     without: names of flags that the stage does not honour ("compile", ...).
-    moved: {"--old": "what to type instead"}, for flags that are no longer here.
+    moved: {"--old": function}, for flags that have become a command of their own (Parser).
     """
     p = Parser(description, moved)
     group = None

@@ -1,10 +1,15 @@
 """Flags: ranges, recipes, names that have moved."""
 import argparse
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+import vqkd
+from conftest import ROOT
+from extras import features
 from support.args import Parser, check_range, fill_in, number, run_parser, whole
 from support.files import UserError
 
@@ -72,11 +77,42 @@ def test_a_flag_has_to_be_written_out_in_full():
         parsed("--epoch", "2")
 
 
-def test_a_flag_that_moved_answers_with_the_new_command():
-    p = run_parser("a stage", moved={"--encode": "type this instead"})
-    for flags in (["--encode", "x"], ["--encode=x"]):
-        with pytest.raises(UserError, match="--encode has moved: type this instead"):
-            p.parse_args(flags)
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that would be run. They end with exit code 5."""
+    ran = []
+
+    def run(words, env):
+        ran.append((words, env))
+        return argparse.Namespace(returncode=5)
+    monkeypatch.setattr("subprocess.run", run)
+    return ran
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--encode I --init F --out D", "F I --what tokens --out D/tokens.npz"),
+    ("--encode=I", "runs/tiny/vqkd.pt I --what tokens --out runs/tiny/tokens.npz"),
+    ("--encode I --model base --workers 2 --device cpu --batch-size 8 --on-bad-image skip",
+     "runs/base/vqkd.pt I --what tokens --out runs/base/tokens.npz "
+     "--batch-size 8 --workers 2 --device cpu --on-bad-image skip")])
+def test_a_flag_that_became_a_command_runs_it_says_so_and_hands_its_exit_code_on(
+        commands, capsys, flags, words):
+    with pytest.raises(SystemExit) as ended:
+        vqkd.parse_args(flags.split())
+    [(command, environment)] = commands
+    assert command == [sys.executable, "-m", "extras.features", *words.split()]
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    assert ended.value.code == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"note: --encode is now `python -m extras.features {words}`"]
+    features.parse_args(command[3:])         # which knows all of these words
+
+
+def test_a_flag_that_became_a_command_is_no_argument_and_excuses_no_mistake(commands):
+    assert not hasattr(vqkd.parse_args([]), "encode")
+    with pytest.raises(UserError, match="unrecognized arguments: --encoder"):
+        vqkd.parse_args(["--encode", "I", "--encoder"])
+    assert not commands
 
 
 def test_a_stage_refuses_run_flags_that_it_does_not_honour():

@@ -117,7 +117,6 @@ def test_a_tokenizer_goes_on_from_another_and_tells_the_code_use_before_and_afte
         ("pretrain.py", ["--data", "no/such/folder"], ""),
         ("vqkd.py", ["--data", "no/such/folder"], "no/such/folder"),
         ("vqkd.py", ["--init", "no/such.pt"], "no/such.pt"),
-        ("vqkd.py", ["--encode", "no/such.png"], "python -m extras.features CHECKPOINT IMAGES"),
         ("vqkd.py", ["--steps", 1, "--continuous-steps", 0, "--out", "/dev/null/run"], "/dev/null"),
         ("vqkd.py", ["--lr", "nan"], "--lr"),
         ("vqkd.py", ["--batch-size", "100000"], "--batch-size"),
