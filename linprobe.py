@@ -381,7 +381,7 @@ def main(argv=None):
 
     made_from = inputs.made_from(args, process, **files)
     sources = [load_source(name, args, process.device) for name in names]
-    log = Log(args.out / f"{stage}.jsonl", args, process)
+    log = Log(args.out / f"{stage}.jsonl", args, process, made_from=made_from)
     results = []
     for source in sources:
         results.append(run_probe(source, args, process, log))

@@ -146,15 +146,22 @@ def tensors(contents, place=""):
 # --- what a run says about itself -----------------------------------------------------------------
 def describe_run(kind, args):
     """What every file says beside its weights: arguments, commit, a hash of each source file."""
-    folder = shlex.quote(str(ROOT))
-    # "-dirty" behind the commit: the files differ from it.
-    git = f"git -C {folder} describe --always --dirty --abbrev=40 --exclude='*'"
-    status, commit = subprocess.getstatusoutput(git)
     sources = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]
     hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in sources}
     return dict(kind=kind, preset=args.model, data=str(args.data), image_size=args.image_size,
-                args=plain_args(args), commit="unknown" if status else commit,
+                args=plain_args(args), commit=commit(),
                 torch=str(torch.__version__), source_hash=hashes)
+
+
+def commit():
+    """The commit of the project; "-dirty" behind it: a Python file differs from it."""
+    git = f"git -C {shlex.quote(str(ROOT))}"
+    status, text = subprocess.getstatusoutput(f"{git} rev-parse HEAD")
+    if status:
+        return "unknown"
+    # Records and pages may differ: they say what was computed, and compute nothing.
+    differs, _ = subprocess.getstatusoutput(f"{git} diff --quiet HEAD -- '*.py'")
+    return f"{text}-dirty" if differs else text
 
 
 def plain_args(args):
@@ -286,7 +293,7 @@ class Log:
         place = where(process)
         if append or not lines:
             about = describe_run(self.path.stem, args) | place
-            self(**about, python=platform.python_version(), cores=os.cpu_count(), **facts)
+            self(**about, python=platform.python_version(), **processor(), **facts)
         else:
             self.compare(json.loads(lines[0]), facts, place, args)
 
@@ -307,8 +314,10 @@ class Log:
 
     def compare(self, first, facts, place, args):
         """UserError if the data changed since the run began; a note if the machine changed."""
-        changed = [f"{name} {first[name]} -> {value}" for name, value in facts.items()
-                   if name in first and first[name] != round(value, 6)]
+        known = {name: value for name, value in rounded(facts).items() if name in first}
+        known.pop("made_from", None)         # compared where the resume file was read
+        changed = [f"{name} {first[name]} -> {value}" for name, value in known.items()
+                   if first[name] != value]
         if changed:
             raise UserError(f"{args.data} is not what it was when this run began "
                             f"({', '.join(changed)}): restore it, or add --fresh")
@@ -341,6 +350,18 @@ def where(process):
     return dict(machine=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
                 device=str(process.device), threads=torch.get_num_threads(),
                 processes=process.world_size, torch=str(torch.__version__))
+
+
+def processor():
+    """What the machine calls its CPU (and its GPU, if torch sees one), and how many cores it has"""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):       # only Linux has this file
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = names[0] if names else cpu
+    found = dict(cpu=cpu, cores=os.cpu_count())
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def rounded(facts):

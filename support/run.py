@@ -102,6 +102,7 @@ class Run(Process):
             self.world_size, self.accumulation, args.seed)
         self.batches = iter(data.make_loader(train_set, batches, args.workers, self.device))
         facts = dict(images=len(train_set), steps=self.total_steps) | (facts or {})
+        facts["made_from"] = self.made_from
         self.log_file = Log(self.out / f"{self.stage}.jsonl", args, self, self.step, **facts)
         self.first_bad_step = torch.full((), sys.maxsize, device=self.device)
         self.clock = time.time()

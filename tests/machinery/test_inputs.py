@@ -141,7 +141,19 @@ def test_every_stage_knows_the_files_that_it_reads(tmp_path, name):
 
 def test_a_file_that_is_missing_is_left_out(tmp_path):
     args = pretrain.parse_args(["--out", str(tmp_path)])
-    assert inputs.made_from(args, PROCESS) == {"data": "shapes"}
+    assert list(inputs.made_from(args, PROCESS)) == ["data"]
+
+
+def test_built_in_pictures_are_known_by_how_they_are_drawn(tmp_path, monkeypatch):
+    args = pretrain.parse_args(["--out", str(tmp_path)])
+    before = inputs.made_from(args, PROCESS)["data"]
+    assert before.startswith("shapes, levels ")
+    draw = inputs.draw_shapes
+    monkeypatch.setattr(inputs, "draw_shapes", lambda *a: (draw(*a)[0] // 2, *draw(*a)[1:]))
+    inputs.describe_drawings.cache_clear()
+    after = inputs.made_from(args, PROCESS)["data"]
+    inputs.describe_drawings.cache_clear()
+    assert before != after
 
 
 # --- going on, and already done -------------------------------------------------------------------
