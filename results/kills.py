@@ -46,7 +46,7 @@ STOPS = 25
 SIGNALS = "SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"
 WAYS = (0, 1), (2, 1), (0, 2), (2, 2)        # loader workers, processes
 MOMENTS = "in a step", "writing a checkpoint", "between epochs", "after an evaluation"
-# torchrun passes on two of the signals by itself.
+# By itself, torchrun hands on all of them but SIGUSR1.
 TORCHRUN = f"-m torch.distributed.run --standalone --signals-to-handle {','.join(SIGNALS)}"
 
 PAGE = """# Stopped or killed, and started again

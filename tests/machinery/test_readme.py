@@ -67,7 +67,7 @@ def test_every_flag_that_the_readme_names_belongs_to_some_command():
                    "extras.features", "results.ablate", "results.factors"):
         everything += help_of(script)
     others = {"--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend",    # of torchrun
-              "--rdzv_endpoint", "--nodes", "--include"}     # of sbatch, grep
+              "--rdzv_endpoint", "--signals-to-handle", "--nodes", "--include"}      # sbatch, grep
     named = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*\w)(?![\w-])", README)) - others
     unknown = [name for name in named if not re.search(rf"{name}\b", everything)]
     assert not unknown
