@@ -45,7 +45,7 @@ from extras.steps import STEPS, timm_step
 from model import PRESETS
 from support import data, transforms
 from support.args import Parser, number, whole
-from support.files import ROOT, UserError
+from support.files import ROOT, UserError, refuse_unwritable
 from support.images import Folder
 from support.process import Process, join_processes, launch
 
@@ -419,6 +419,8 @@ def main(argv=None):
         peaks = {"GPU": args.peak_tflops * 1e12} if args.peak_tflops else plan.PEAKS
         print("\n".join(plan.table(plan.plan(peaks, args.share))))
         return
+    if args.out:
+        refuse_unwritable(args.out.parent)
     device = join_processes(args.device).device
     if args.clock == "cpu" and device.type != "cpu":
         raise UserError(f"--clock cpu does not see the work of {device}: leave it out")

@@ -31,7 +31,7 @@ from finetune import class_logits
 from model import imagenet_normalize
 from support import data, transforms, weights
 from support.args import Parser, whole
-from support.files import UserError
+from support.files import UserError, refuse_unwritable
 from support.images import open_images, shown
 from support.labels import names_of_logits
 from support.process import join_processes, launch
@@ -152,6 +152,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    refuse_unwritable(args.out.parent)
     process = join_processes(args.device)
     network, encode = READ[args.what](args, process)
     still = transforms.EvalTransform(network.arch()["image_size"])

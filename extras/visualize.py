@@ -24,7 +24,7 @@ from extras.curves import draw_curves
 from pretrain import BEiT, sample_block_mask
 from support import data, transforms, weights
 from support.args import Parser, whole
-from support.files import UserError, read_file
+from support.files import UserError, read_file, refuse_unwritable
 from support.images import open_images
 from support.process import join_processes, launch, seed_all
 from vqkd import load_tokenizer
@@ -375,6 +375,7 @@ def main(argv=None):
     folders = [path for path in args.paths if path.suffix != ".jsonl"]
     if args.logs and not folders:
         out = args.out or Path("curves.png")
+        refuse_unwritable(out.parent)
         draw_curves(args.logs, out)
         print(f"{len(args.logs)} logs -> {out}")
         return
@@ -386,6 +387,7 @@ def main(argv=None):
         raise UserError(f"there is no run {args.run}: python vqkd.py makes runs/tiny, or name "
                         f"another folder")
     folder = args.out or args.run / "figures"
+    refuse_unwritable(folder)
     album = draw_all(args, folder)
     for name, why in album.skipped.items():
         print(f"no {name}.png: {why}")

@@ -2,7 +2,7 @@
 
     write_file, read_file    saving to a temporary name, then a rename; reading notices damage
     describe_run, Log        what a run says about itself; one JSON line per call
-    Lock, set_aside          one run at a time in a folder; --fresh
+    refuse_unwritable, Lock, set_aside       the folder OUT; one run at a time in it; --fresh
 """
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -176,6 +177,19 @@ def plain_args(args):
 
 
 # --- the folder OUT -------------------------------------------------------------------------------
+def refuse_unwritable(folder):
+    """UserError if a command could not write its result into a folder, before it computes that."""
+    place = Path(folder)
+    while not place.exists():                # it will be made there
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"full?")             # a full disk says so when the file is closed
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}): choose another "
+                        f"--out") from error
+
+
 class Lock:
     """OUT/STAGE.lock: only one process at a time writes the files of a stage into a folder.
 
@@ -209,9 +223,9 @@ class Lock:
             # The holder before may have removed the file in between.
             is_the_one = (self.path.exists()
                           and os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())))
-        self.file.truncate(0)
-        self.file.write(f"process {self.pid} on {platform.node()}")
-        self.file.flush()
+        with contextlib.suppress(OSError):   # a full disk holds no text, and the lock all the same
+            self.file.truncate(0)
+            os.write(self.file.fileno(), f"process {self.pid} on {platform.node()}".encode())
 
     def release(self):
         if self.file is None or self.file.closed or os.getpid() != self.pid:

@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
 import hashlib
 import os
 import random
@@ -297,6 +298,8 @@ def explain(error, rank):
         reason = " ".join(text.split())[:160]
         return (f"--compile failed ({reason}): it needs a C++ compiler, and Triton on a GPU; "
                 f"install them, or leave out --compile"), 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write ({error.strerror}): free some space, or choose another --out", 2
     if isinstance(error, OSError) and error.filename is not None:
         return (f"cannot read or write {error.filename} ({error.strerror}): check the name, or "
                 f"choose another --out"), 2

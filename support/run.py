@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from support import data, inputs
 from support.files import (
-    Lock, Log, UserError, describe_run, plain_args, read_file, rounded, set_aside, write_file)
+    Lock, Log, UserError, describe_run, plain_args, read_file, refuse_unwritable, rounded,
+    set_aside, write_file)
 from support.find import find_images
 from support.process import STOP_SIGNALS, Process, StopSignal, join_processes, seed_all
 
@@ -311,14 +312,18 @@ def find_resume_file(stage, args, process, **files):
     """-> the contents of STAGE.resume.pt, or None for a fresh start. Exits 0 if the run is done.
 
     files: {name: path} of files that the run reads and no argument names. Raises UserError if the
-    folder holds a run with other arguments or from other inputs, or no readable file.
+    folder holds a run with other arguments or from other inputs, or no readable file, or if
+    nothing can be written there.
     """
     hold_folder(stage, args, process)
     try:
-        return read_state(stage, args, process, files)
+        state = read_state(stage, args, process, files)
+        if process.is_main:
+            refuse_unwritable(args.out)
     except (UserError, SystemExit):
         process.leave_folder()
         raise
+    return state
 
 
 def hold_folder(stage, args, process):

@@ -1,5 +1,6 @@
 """How a command ends, and where its words go: streams that close, locales, what becomes a sentence.
 """
+import errno
 import io
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from conftest import ROOT, stage
+from support.files import Lock, UserError, refuse_unwritable
 from support.process import Stream, explain, launch
 
 FEW = ("--device cpu --amp no --limit 64 --batch-size 16 --steps 4 --continuous-steps 1 "
@@ -82,6 +84,27 @@ def test_a_failed_compilation_is_a_sentence_that_names_the_flag():
     assert code == 2
     assert text.startswith("--compile failed (No working C++ compiler found: (None, 'g++'))")
     assert "leave out --compile" in text
+
+
+def test_a_full_disk_is_a_sentence_wherever_it_is_met(tmp_path, monkeypatch):
+    full = "No space left on device"
+    text, code = explain(OSError(errno.ENOSPC, full), rank=0)
+    assert code == 2
+    assert text == f"cannot write ({full}): free some space, or choose another --out"
+
+    # Linux: whoever writes to this file finds the disk full.
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: open("/dev/full", "wb"))
+    with pytest.raises(UserError, match=f"cannot write into {tmp_path} .{full}"):
+        refuse_unwritable(tmp_path)
+
+
+def test_a_lock_needs_no_space(tmp_path, monkeypatch):
+    def write(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "write", write)
+    lock = Lock(tmp_path / "vqkd.lock")
+    assert lock.path.exists()
+    lock.release()
 
 
 # --- whole commands -------------------------------------------------------------------------------

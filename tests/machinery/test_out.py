@@ -1,4 +1,5 @@
 """The folder OUT: one run at a time, nobody else's files, no folder with another purpose."""
+import importlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import vqkd
 from conftest import ROOT, log_lines, stage
 from support.args import fill_in, run_parser
-from support.files import Lock, UserError, set_aside
+from support.files import Lock, UserError, refuse_unwritable, set_aside
 from support.process import Process
 from support.run import find_resume_file
 
@@ -27,6 +28,30 @@ sys.stdin.read()
 
 def names(folder):
     return sorted(f.name for f in folder.iterdir())
+
+
+# --- a folder to write into -----------------------------------------------------------------------
+@pytest.mark.parametrize("command, flags, name", [
+    ("linprobe", "--checkpoint x.pt", "run"), ("extras.features", "x.pt photos", "x.npz"),
+    ("extras.visualize", "RUN", "figures"), ("extras.visualize", "RUN/vqkd.jsonl", "x.png"),
+    ("extras.bench", "--stage all", "x.jsonl")])
+def test_a_folder_that_takes_no_file_is_refused_before_anything_is_computed(
+        tmp_path, command, flags, name):
+    main = importlib.import_module(command).main
+    (tmp_path / "file").write_text("")
+    words = flags.replace("RUN", str(tmp_path)).split()
+    for folder in ("/proc", tmp_path / "file"):
+        with pytest.raises(UserError, match=f"cannot write .*{folder}"):
+            main([*words, "--out", f"{folder}/{name}"])
+
+
+def test_a_run_whose_folder_takes_no_file_ends_at_its_start_also_if_it_only_measures(tmp_path):
+    for stage_name in ("finetune", "finetune_eval", "segment_eval"):
+        args = vqkd.parse_args(["--out", "/proc/self"])
+        with pytest.raises(UserError, match="cannot write into /proc/self"):
+            find_resume_file(stage_name, args, Process())
+    refuse_unwritable(tmp_path / "to" / "be" / "made")
+    assert names(tmp_path) == []
 
 
 # --- one run at a time ----------------------------------------------------------------------------
