@@ -387,7 +387,7 @@ def evaluate(model, teacher, dataset, run):
 # --- arguments ------------------------------------------------------------------------------------
 MODELS = "tiny", "small", "base"
 RECIPE = {  # base: the appendix's table of hyper-parameters; tiny and small: ours
-    # tiny starts without the quantizer and with faster codes: "cold start" in results/README.md.
+    # tiny starts without the quantizer and with faster codes: "naive" in results/health.md.
     #                     tiny    small   base
     "teacher":            ("hog", "clip", "clip"),
     "codes":              (64,    2048,   8192),     # K

@@ -44,7 +44,7 @@ PAGES = ["README.md", "LICENSE", "CITATION.cff", "requirements.txt", "results/*.
 LEFT_OUT = [             # of a hand-out: lists of answers, and tests of the project as a whole
     "results/mutations.*", "results/homework*", "results/mistakes*", "tests/mutate.py",
     *(f"tests/machinery/test_{name}.py" for name in (
-        "mutate", "house", "readme", "homework", "mistakes", "reading", "pointers"))]
+        "mutate", "house", "readme", "results", "homework", "mistakes", "reading", "pointers"))]
 
 
 # --- hand out -------------------------------------------------------------------------------------

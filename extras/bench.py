@@ -45,7 +45,7 @@ from extras.steps import STEPS, timm_step
 from model import PRESETS
 from support import data, transforms
 from support.args import Parser, number, whole
-from support.files import ROOT, UserError, refuse_unwritable
+from support.files import ROOT, UserError, commit, processor, refuse_unwritable
 from support.images import Folder
 from support.process import Process, join_processes, launch
 
@@ -424,12 +424,14 @@ def main(argv=None):
     device = join_processes(args.device).device
     if args.clock == "cpu" and device.type != "cpu":
         raise UserError(f"--clock cpu does not see the work of {device}: leave it out")
+    words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     about = dict(
+        command=" ".join(["python -m extras.bench", *words]).partition(" --out ")[0],
+        commit=commit(), seed=0, amp=args.amp, **processor(),
         model=args.model, batch=args.batch_size, threads=torch.get_num_threads(), clock=args.clock,
         repeats=args.repeats, device=str(device), torch=str(torch.__version__),
         compile=args.compile, checkpoint=args.checkpoint_activations)
     if device.type == "cuda":
-        about["gpu"] = torch.cuda.get_device_name(device)
         print(about["gpu"])
 
     def tell(**facts):

@@ -32,7 +32,11 @@ def read_log(path):
 
 def draw_curves(paths, out):
     """A panel per quantity that the logs hold: thin lines are training, dots held-out images."""
-    logs = {str(path): read_log(path) for path in paths}
+    draw_logs({str(path): read_log(path) for path in paths}, out)
+
+
+def draw_logs(logs, out):
+    """logs: {name: (first line, training lines, evaluation lines)}, see draw_curves."""
     lines = [line for _, train, val in logs.values() for line in train + val]
     keys = [key for key in CURVES if any(key in line for line in lines)]
     if not keys:

@@ -46,10 +46,10 @@ def measured_steps():
 
 def loader_rates():
     """{stage: images a second that one core delivers}, from the newest record of the loader."""
-    path = ROOT / "results" / "loader.jsonl"
+    path = ROOT / "results" / "speed.jsonl"
     if not path.exists():
         return {}
-    return {r["name"]: r["images_per_s"] for r in records(path) if "images_per_s" in r}
+    return {r["name"]: r["images_per_s"] for r in records(path) if r["stage"] == "loader"}
 
 
 def plan(peaks, share=None):

@@ -32,8 +32,10 @@ from extras.bench import Clock, Contestant, compare, matrix_rate, peak_memory
 from extras.operations import operations, sizes
 from extras.steps import STEPS, timm_step
 from model import ViT
+from results import tables
+from results.runs import figures
 from results.tables import RESULTS, ROOT, read_lines
-from support.files import describe_run, read_file
+from support.files import read_file
 from support.process import Process, join_processes, launch, seed_all
 
 DATASHEET = 989e12       # dense bf16 operations a second of an H100 or H200 (SXM)
@@ -366,7 +368,7 @@ def pipeline(args, device):
             flags += SHORT if args.smoke and script == "vqkd.py" else []
             seconds, _ = command(script, "--out", out, *flags)
             log = read_lines(Path(out) / script.replace(".py", ".jsonl"))
-            summary = [line for line in log if line.get("summary")][-1]
+            summary = figures([x for x in log if x.get("summary")][-1])
             kept = {k: v for k, v in summary.items() if isinstance(v, int | float)}
             yield dict(script=script, took=seconds, **kept)
 
@@ -462,9 +464,7 @@ def measure(args):
             f.write(line + "\n")
         print(line[:600], flush=True)
 
-    about = SimpleNamespace(model="base", data="none", image_size=224, parts=args.parts)
-    facts = describe_run("gpu", about)
-    tell(part="begin", **{k: facts[k] for k in ("commit", "torch", "args", "source_hash")},
+    tell(part="begin", **tables.about("python -m results.gpu", amp="bf16"), parts=args.parts,
          smoke=args.smoke, date=time.strftime("%Y-%m-%d"))
     for name in args.parts or PARTS:
         if time.time() - begun > 60 * args.minutes:

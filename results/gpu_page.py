@@ -1,32 +1,28 @@
 """results/gpu.md from the records of results.gpu.
 
-    python -m results.gpu_page               # reads results/gpu/*.jsonl, writes results/gpu.md
+    python -m results.make gpu_page          # reads results/gpu/*.jsonl, writes results/gpu.md
 
-Every figure of the tables stands in a record. A part without a record is "not run yet". What the
-figures led to is told in results/gpu/findings.md, which ends the page.
+Every figure of the tables stands in a record. A part without a record is "not run yet".
 """
-from results.tables import RESULTS, read_lines
+from results.tables import table
 
 HEAD = """# On a GPU
 
-Made by `python -m results.gpu_page` from the records in [gpu/](gpu); the records are made by
-`python -m results.gpu --out DIR`, one command of under eight minutes, which anybody with a GPU can
-repeat. The newest record of a kind counts. "Limit" is the rate of the MLP's first layer alone,
-measured before and after each step; the datasheet's dense bf16 peak is 989 TFLOP/s.
+The records in [gpu/](gpu) are made by `python -m results.gpu --name NAME`, one command of under
+eight minutes, which anybody with a GPU can repeat; `python -m results.make gpu_page` makes this
+page from them. The newest record of a kind counts. "Limit" is the rate of the MLP's first layer
+alone, measured before and after each step; the datasheet is that of the H100.
 """
 
 
-def records():
-    """All records, oldest first, without those of small sizes; each with its file's first line."""
+def with_first_lines(records):
+    """Records without those of small sizes, each with what the first line of its file says."""
     found = []
-    for path in sorted((RESULTS / "gpu").glob("*.jsonl")):
-        begin = {}
-        for record in read_lines(path):
-            if record["part"] == "begin":
-                begin = record
-            elif not begin.get("smoke"):
-                found.append(record | dict(file=path.name, commit=begin.get("commit", "unknown"),
-                                           torch=begin.get("torch"), date=begin.get("date")))
+    for record in records:
+        if record["part"] == "begin":
+            begin = record
+        elif not begin.get("smoke"):
+            found.append(record | {name: begin[name] for name in ("commit", "torch", "date")})
     return found
 
 
@@ -160,18 +156,38 @@ SECTIONS = {
     "And": others}
 
 
-def page(found):
+FINDINGS = [  # where, finding, remedy, how sure
+    ["`model.imagenet_normalize`", "copied two lists to the GPU at every call, and waited",
+     "kept per device", "measured: no wait"],
+    ["`vqkd.code_sums`", "`torch.bincount` reads its largest number back, and waits",
+     "`index_add` of ones", "measured: no wait"],
+    ["labels of finetune.py, segment.py", "copied with a wait", "`non_blocking`",
+     "measured: no wait"],
+    ["`Run.wrap`", "the network was compiled inside DDP, so that no gradient travelled before the "
+     "last was there", "compiled around DDP", "by reading; one GPU shows no overlap"],
+    ["`pretrain.train`", "`--compile` left out the tokenizer", "`encode` is compiled, too",
+     "measured"],
+    ["`model.position_bias`", "rows of odd length: the fused kernel copied them in every block, "
+     "and compiled code stopped with an error", "padded rows; the added keys are hidden by -inf",
+     "measured: table of attention"],
+    ["attention", "with a bias that learns it takes the memory-efficient kernel", "none: cuDNN "
+     "refuses it, and FlexAttention finds no configuration that fits on the chip", "measured"],
+    ["`support/process.py`", "nccl began without `device_id`", "given",
+     "measured: runs with one process"],
+    ["tiny", "launches of kernels take longer than the kernels",
+     "a larger `--batch-size`; `--compile`", "measured"],
+]
+
+
+def page(records):
+    """The text of results/gpu.md."""
+    found = with_first_lines(records)
     lines = [HEAD]
     for title, section in SECTIONS.items():
         rows = section(found)
         empty = len(rows) <= 2 and section is not others
         lines += [f"## {title}", "", *(["not run yet"] if empty or not rows else rows), ""]
-    return "\n".join([*lines, (RESULTS / "gpu" / "findings.md").read_text()])
-
-
-def main():
-    (RESULTS / "gpu.md").write_text(page(records()))
-
-
-if __name__ == "__main__":
-    main()
+    lines += ["## What was found, and what became of it", "",
+              *table(["where", "finding", "remedy", "how sure"], FINDINGS), "",
+              "Not run: two GPUs, the compiled steps of other networks, `reduce-overhead`.", ""]
+    return "\n".join(lines)

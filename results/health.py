@@ -1,77 +1,124 @@
-"""The tables of results/health.md, from the logs of results/health.sh.
+"""How a codebook lives and dies: results/health.md. Perplexity of tiny tokenizers, every step.
 
-What did perplexity do, and which run was warned when?
-
-    python -m results.health            # reads runs/*/vqkd.jsonl, writes results/health.md
+    python -m results.health                 # runs what has not run: a quarter of an hour
+    python -m results.health --list          # the commands
 """
-import re
+from extras.panels import panels, save
+from results.runs import find, study
+from results.tables import cell, fill, made_on, table
+from support.process import launch
 
-from results.tables import RESULTS, RUNS, read_lines, write_below
+SEEDS = range(10)
+BAD_SEEDS = range(3)
+# As base starts: quantizer from the first step, slow codes, no restarts; and no warm-up.
+NAIVE = "--continuous-steps 0 --restart-dead-codes 0 --decay 0.99 --warmup-epochs 0"
+COLLAPSE = f"{NAIVE} --lr 3e-2"              # on purpose
+COMMANDS = [f"python vqkd.py --log-every 1 --seed {seed} --out runs/healthy-{seed}"
+            for seed in SEEDS]
+COMMANDS += [f"python vqkd.py {NAIVE} --log-every 1 --seed {seed} --out runs/naive-{seed}"
+             for seed in BAD_SEEDS]
+COMMANDS += [f"python vqkd.py {COLLAPSE} --log-every 1 --seed 0 --out runs/collapsed-0"]
 
-HEADER = ("| run | first step with codes | best | lowest of a step | lowest share of the best "
-          "until then | warned | used, held-out set | perplexity, held-out set | share of K | "
-          "cosine | commit |")
-MARKER = "<!-- resized -->"
+PAGE = """# Codebook health
+
+What perplexity (how many codes the codebook is worth) does in the tiny tokenizer, step by step:
+{healthy} seeds of today's default recipe, {bad} *naive* ones, and one collapse on purpose.
+
+![perplexity](health.png)
+
+Naive is how base starts (quantizer from the first step, slow codes, no restarts), and without a
+warm-up of the rate: `python vqkd.py {naive}`. On purpose: `python vqkd.py {collapse}`.
+
+A warning comes when perplexity falls to a small share of its best so far or of K (`collapsing` in
+support/codebook.py). {warned_healthy} of {healthy} healthy seeds were warned of, and {warned_bad}
+of the {bad} naive ones; the collapse on purpose {warned_collapse}. Just after its
+k-means start, when the decoder meets codes for the first time, a healthy codebook dips for a step
+or two: in the worst healthy seed to {worst:.0f} % of its best. At the end healthy codebooks have
+{used} codes in use and a perplexity of {perplexity}, {share:.0f} % of K in the worst seed.
+
+{rows}
+
+`python -m results.health` ran these commands and kept a record of each in
+[health.jsonl](health.jsonl). {made_on}
+"""
 
 
-def row(path):
-    """One line of the table for one run."""
-    lines = read_lines(path)
-    name = path.parent.name
-    summary = next((x for x in lines if "summary" in x), None)
-    if summary is None:
-        return f"| {name} | not finished" + " |" * 10
-    codes = lines[0]["args"]["codes"]
-    steps = [x for x in lines if "perplexity" in x and x.get("split") != "val" and "loss" in x]
-    best = steps[0]["perplexity"]
+def facts(record):
+    """What the perplexity of a run did.  -> dict"""
+    steps = record["curves"]["train"]
+    codes = record["args"]["codes"]
+    best = 0.0
     fall = 1.0                               # lowest share of the best value until then
     for x in steps:
         best = max(best, x["perplexity"])
         fall = min(fall, x["perplexity"] / best)
     lowest = min(steps, key=lambda x: x["perplexity"])
-    cells = [
-        name, steps[0]["step"], f"{best:.1f}",
-        f"{lowest['perplexity']:.1f} (step {lowest['step']})", f"{100 * fall:.0f} %",
-        first_warning(lines, steps, codes), f"{summary['codes_used']} of {codes}",
-        f"{summary['perplexity']:.1f}", f"{100 * summary['perplexity'] / codes:.0f} %",
-        f"{summary['cosine']:.3f}", lines[0]["commit"][:7]]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    warned = "never"
+    if record["warned"]:
+        step = record["warned"][0]
+        then = next(x["perplexity"] for x in steps if x["step"] == step)
+        warned = f"step {step}, at {then:.1f} = {100 * then / codes:.0f} % of K"
+    return dict(best=best, fall=100 * fall, lowest=lowest, warned=warned, first=steps[0]["step"])
 
 
-def first_warning(lines, steps, codes):
-    warned = [x["step"] for x in lines if "warning" in x]
-    if not warned:
-        return "never"
-    perplexity = {x["step"]: x["perplexity"] for x in steps}[warned[0]]
-    share = 100 * perplexity / codes
-    return f"step {warned[0]}, at perplexity {perplexity:.1f} = {share:.0f} % of K"
+def row(record):
+    """One line of the table."""
+    x = facts(record)
+    result = record["result"]
+    return [record["run"], x["first"], f"{x['best']:.1f}",
+            f"{x['lowest']['perplexity']:.1f} (step {x['lowest']['step']})", f"{x['fall']:.0f} %",
+            x["warned"], f"{result['codes_used']} of {record['args']['codes']}",
+            f"{result['perplexity']:.1f}", f"{result['cosine']:.3f}"]
 
 
-def resized_rows():
-    """What growing or shrinking a finished codebook did: before and after one epoch more."""
-    rows = []
-    for codes in (128, 32):
-        for x in read_lines(RUNS / f"resized-{codes}" / "vqkd.jsonl"):
-            if x.get("note") == "before" or "summary" in x:
-                when = "resized" if "note" in x else "and one epoch more"
-                rows.append(f"| {codes} | {when} | {x['cosine']:.3f} | {x['codes_used']} | "
-                            f"{x['perplexity']:.1f} |")
-    return rows
+TITLES = ["run", "first step with codes", "best perplexity", "lowest", "lowest share of the best "
+          "until then", "warned", "used, held-out images", "perplexity, held-out images", "cosine"]
 
 
-def main():
-    def order(path):
-        name, seed = path.parent.name.rsplit("-", 1)
-        return name, int(seed)
+def page(records):
+    """The text of results/health.md."""
+    healthy = [find(records, f"healthy-{seed}", "vqkd") for seed in SEEDS]
+    naive = [find(records, f"naive-{seed}", "vqkd") for seed in BAD_SEEDS]
+    collapsed = find(records, "collapsed-0", "vqkd")
+    ends = [x["result"]["perplexity"] for x in healthy]
+    return fill(PAGE, 
+        healthy=len(healthy), bad=len(naive), naive=NAIVE, collapse=COLLAPSE,
+        warned_healthy=sum(bool(x["warned"]) for x in healthy),
+        warned_bad=sum(bool(x["warned"]) for x in naive),
+        warned_collapse="was" if collapsed["warned"] else "was not",
+        worst=min(facts(x)["fall"] for x in healthy),
+        used=cell([x["result"]["codes_used"] for x in healthy]), perplexity=cell(ends),
+        share=100 * min(ends) / healthy[0]["args"]["codes"], made_on=made_on(records),
+        rows="\n".join(table(TITLES, [row(x) for x in [*healthy, *naive, collapsed]])))
 
-    wanted = re.compile(r"(hog|naive|pixel|norestart|cold|slow\d+)-\d+")
-    logs = [path for path in RUNS.glob("*/vqkd.jsonl") if wanted.fullmatch(path.parent.name)]
-    lines = ["| K | | cosine | codes used | perplexity |", "|---|---|---|---|---|"]
-    lines += [*resized_rows(), "", HEADER, "|---" * 11 + "|"]
-    lines += [row(path) for path in sorted(logs, key=order)]
-    write_below(RESULTS / "health.md", lines, MARKER)
-    print("\n".join(lines))
+
+def draw(records, path):
+    """Perplexity by step: healthy seeds grey, naive ones orange, the collapse red."""
+    figure, axes = panels(1, 1, 9, 3.6, "Perplexity of each training batch", left=0.06,
+                          right=0.99, bottom=0.13)
+    axis = axes[0, 0]
+    axis.axis("on")
+    colours = {"healthy": "#888888", "naive": "#e39b54", "collapsed": "#d7301f"}
+    for record in records:
+        name = record["run"].partition("-")[0]
+        steps = record["curves"]["train"]
+        label = name if record["run"].endswith("-0") else None
+        axis.plot([x["step"] for x in steps], [x["perplexity"] for x in steps], lw=0.8,
+                  color=colours[name], label=label)
+        for step in record["warned"][:1]:
+            axis.axvline(step, color=colours[name], ls="--", lw=0.8)
+    axis.set_xlabel("step (dashed: the first warning)", fontsize=9)
+    axis.legend(fontsize=8)
+    save(figure, path)
+
+
+PICTURES = {"health.png": draw}
+
+
+def main(argv=None):
+    kept = {command.split("runs/")[1]: ("perplexity",) for command in COMMANDS}
+    study("health", __doc__, COMMANDS, kept, argv=argv)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -9,21 +9,17 @@ and rightly, each known mistake, the same mistakes written in another way, and m
 not in the list. A hint is right if it is the sentence of the mistake handed in.
 """
 import concurrent.futures
-import json
-import os
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from assignments import homework, mistakes, rewritings, sources
 from assignments.tasks import TASKS
+from results import make
+from results.tables import RESULTS, ROOT, about, fill, made_on, read_lines, table, write_lines
 from support.args import Parser
-from support.files import ROOT, UserError
+from support.files import UserError
 from support.process import launch
-
-RESULTS = ROOT / "results"
 
 
 def submissions(assignment):
@@ -64,8 +60,8 @@ def check(assignment, jobs):
     itself = homework.grade(ROOT, assignment, jobs=jobs)
     whole = dict(assignment=assignment, kind="whole", points=sum(m.points for m in itself),
                  project=sum(m.score for m in itself), handout=sum(m.score for m in untouched),
-                 seconds=round(time.monotonic() - begin, 1), date=time.strftime("%Y-%m-%d"),
-                 torch=torch.__version__, cores=os.cpu_count(), jobs=jobs)
+                 seconds=round(time.monotonic() - begin, 1), jobs=jobs)
+    whole |= about(f"python -m results.homework --write {assignment}")
     lines = [whole]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for line in pool.map(lambda case: mark(assignment, case), submissions(assignment)):
@@ -86,10 +82,7 @@ def verdict(line):
 
 def recorded(without):
     """The lines of an earlier record, but for those of some assignments."""
-    file = RESULTS / "homework.jsonl"
-    if not file.is_file():
-        return []
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = read_lines(RESULTS / "homework.jsonl")
     return [line for line in lines if line["assignment"] not in without]
 
 
@@ -102,11 +95,11 @@ def row(assignment, lines):
     named = {kind: sum(verdict(line) == "named" for line in some) for kind, some in mine.items()}
     wrong = sum(verdict(line) == "WRONG HINT" for line in cases)
     right = len(mine["right"])
-    return (f"| {assignment} | {whole['project']} of {whole['points']} | {whole['handout']} | "
-            f"{right - lose['right']} of {right} | {len(mine['mistake'])} | {lose['mistake']} | "
-            f"{named['mistake']} | {lose['otherwise']}, {named['otherwise']} of "
-            f"{len(mine['otherwise'])} | {lose['stranger']} of {len(mine['stranger'])} | {wrong} | "
-            f"{whole['seconds']} |")
+    return [assignment, f"{whole['project']} of {whole['points']}", whole["handout"],
+            f"{right - lose['right']} of {right}", len(mine["mistake"]), lose["mistake"],
+            named["mistake"],
+            f"{lose['otherwise']}, {named['otherwise']} of {len(mine['otherwise'])}",
+            f"{lose['stranger']} of {len(mine['stranger'])}", wrong, whole["seconds"]]
 
 
 HEAD = ["", "project itself", "untouched hand-out", "right, written differently: full marks",
@@ -122,20 +115,17 @@ def page(lines):
               for line in lines if line["kind"] in ("mistake", "otherwise", "stranger")
               and (line["full"] or (line["mistake"] and verdict(line) != "named"))]
     known = sum(line["kind"] == "mistake" for line in lines)
-    facts = {name: wholes[-1][name] for name in ("date", "torch", "cores", "jobs")}
-    return TEXT.format(head=f"| {' | '.join(HEAD)} |", rows="\n".join(rows), known=known,
-                       missed="\n".join(missed) or "None.", **facts,
+    return fill(TEXT, rows="\n".join(table(HEAD, rows)), known=known, jobs=wholes[-1]["jobs"],
+                       missed="\n".join(missed) or "None.", made_on=made_on(lines),
                        minutes=round(sum(line["all_seconds"] for line in wholes) / 60))
 
 
 TEXT = """# Does the grader mark rightly?
 
-`python -m results.homework --write`, {date}: {minutes} minutes, {jobs} at a time,
-{cores} cores, torch {torch}. Each of {known} natural mistakes (assignments/mistakes.py) was handed
-in by itself in an otherwise right submission, and marked as a student's would be.
+`python -m results.homework --write`: {minutes} minutes, {jobs} at a time. {made_on} Each of {known}
+natural mistakes (assignments/mistakes.py) was handed in by itself in an otherwise right submission,
+and marked as a student's would be.
 
-{head}
-|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 The mistakes of the list were written by us, as replacements in a right version of each function
@@ -168,11 +158,10 @@ def main(argv=None):
     for assignment in chosen:
         lines += check(assignment, args.jobs)
     lines.sort(key=lambda line: line["assignment"])
-    text = page(lines)
-    print(text)
+    print(page(lines))
     if args.write:
-        (RESULTS / "homework.md").write_text(text)
-        (RESULTS / "homework.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        write_lines(RESULTS / "homework.jsonl", lines)
+        make.main(["homework"])
 
 
 if __name__ == "__main__":

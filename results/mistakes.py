@@ -9,10 +9,9 @@ not know. A finished run is not run again: you can stop at any time and repeat t
 
     python -m results.mistakes                    # all runs, the picture, the page
     python -m results.mistakes --runs "no l2" "healthy tokenizer"
-    python -m results.mistakes --draw             # only picture and page, from the records
 """
 import collections
-import json
+import sys
 from pathlib import Path
 
 import torch
@@ -23,8 +22,10 @@ import pretrain
 import vqkd
 from extras.panels import panels, save
 from model import imagenet_normalize
+from results import make
 from results.ablate import DrawnOnce, call, exchanged
-from results.tables import RESULTS, read_lines, write_below, write_lines
+from results.runs import FACTS, curves_of, result_of, seconds_of
+from results.tables import RESULTS, fill, made_on, read_lines, table, write_lines
 from support import weights
 from support.args import Parser
 from support.files import UserError
@@ -174,57 +175,41 @@ def folder(name):
     return RUNS / "-".join(words)
 
 
+def command(run):
+    """The command line of a run's stage."""
+    words = [f"python {run.stage}.py", FLAGS[run.stage], COMMON, run.flags]
+    if run.stage == "pretrain":
+        words.append(f"--tokenizer {folder('healthy tokenizer') / 'vqkd.pt'}")
+    return " ".join([*filter(None, words), f"--out {folder(run.name)}"])
+
+
 def do(run):
-    """One stage with its mistake, then a probe of what it has learned without it.  -> record"""
-    home = folder(run.name)
-    own = ["--tokenizer", folder("healthy tokenizer") / "vqkd.pt"]
-    stage = pretrain
-    source = "pretrain"
-    if run.stage == "vqkd":
-        own = []
-        stage = vqkd
-        source = "tokenizer"
+    """One stage with its mistake, then a probe of what it has learned without it."""
+    stage, source = (vqkd, "tokenizer") if run.stage == "vqkd" else (pretrain, "pretrain")
     change = run.change() if run.change else {}
-    stopped = ""
     try:
         with exchanged(change):
-            call(stage, *FLAGS[run.stage].split(), *COMMON.split(), *run.flags.split(), *own,
-                 "--out", home)
+            call(stage, *command(run).split()[2:])
     except UserError as error:               # a loss that is not finite, for example
-        stopped = str(error)
-    if not stopped:
-        call(linprobe, *FLAGS["linprobe"].split(), "--source", source, "--out", home)
-    return record(run, home, stopped)
+        print(error)
+        return
+    call(linprobe, *FLAGS["linprobe"].split(), "--source", source, "--out", folder(run.name))
 
 
-def record(run, home, stopped=""):
-    """What the logs of a run say: where it came from, its curves, its last evaluation, its probe.
-
-    curves: {quantity: [[step, value], ...]} of the training batches.
-    """
+def record(run, home):
+    """What the logs of a run say: where it came from, its last evaluation, its probe, its curves"""
     first, *lines = read_lines(home / f"{run.stage}.jsonl")
-    names = "commit", "torch", "threads", "cores", "device", "amp"
     facts = dict(run=run.name, stage=run.stage, seed=first["args"]["seed"],
-                 steps=first["steps"])
-    facts |= {name: first.get(name, first["args"].get(name)) for name in names}
-    train = [x for x in lines if "loss" in x and x.get("split") != "val" and "summary" not in x]
-    curves = {key: [[x["step"], round(x[key], 4)] for x in train if key in x]
-              for key in CURVES[run.stage]}
-    result = next((x for x in lines if "summary" in x), {})
-    # The log has two meanings of "commit": of the sources in its first line, then of Eq. (2).
-    keys = dict(cosine="cosine", commit="commitment", perplexity="perplexity",
-                codes_used="codes_used", loss_mim="loss_mim", loss_cls="loss_cls",
-                mask_acc="mask_acc")
-    facts |= {name: round(result[key], 4) for key, name in keys.items() if key in result}
-    facts["seconds"] = round(max(x.get("time", 0) for x in lines))
+                 command=f'python -m results.mistakes --runs "{run.name}"',
+                 amp=first["args"]["amp"], recipes={command(run): first["args"]})
+    facts |= {name: first[name] for name in FACTS if name in first}
+    facts["seconds"] = round(seconds_of(lines))
     facts["warned"] = [x["step"] for x in lines if "warning" in x][:1]
+    facts["result"] = result_of([x for x in lines if "summary" in x][:1])
     log = "linprobe.jsonl" if run.stage == "pretrain" else "linprobe_tokenizer.jsonl"
-    probe = [x for x in read_lines(home / log) if "summary" in x]
-    if probe:
-        facts |= {key: round(probe[-1][key], 2) for key in ("top1", "paper_top1")}
-    if stopped:
-        facts["stopped"] = stopped
-    return facts | dict(curves=curves)
+    for probe in [x for x in read_lines(home / log) if "summary" in x][-1:]:
+        facts["result"] |= {key: probe[key] for key in ("top1", "paper_top1")}
+    return facts | dict(curves=curves_of(lines, CURVES[run.stage]))
 
 
 # --- picture and page -----------------------------------------------------------------------------
@@ -234,13 +219,15 @@ def mistakes():
 
 def draw(records, out):
     """A panel per mistake: the healthy runs in grey, the mistake in red."""
+    runs = {x["run"]: x for x in records}
     figure, axes = panels(2, 4, 3.6, 2.9, "Eight mistakes (red) over healthy runs (grey), tiny, "
                           "training batches", 0.6, left=0.04, right=0.99, bottom=0.08, wspace=0.2,
                           hspace=0.35)
     for axis, run in zip(axes.flat, mistakes(), strict=True):
         axis.axis("on")
         for name in (*run.healthy, run.name):
-            points = records[name]["curves"][run.show]
+            points = [(x["step"], x[run.show]) for x in runs[name]["curves"]["train"]
+                      if run.show in x]
             wrong = name == run.name
             axis.plot(*zip(*points, strict=True), color="#d7301f" if wrong else "#999999",
                       lw=1.4 if wrong else 1.0)
@@ -251,26 +238,40 @@ def draw(records, out):
     save(figure, out)
 
 
-def table(records):
-    """The lines below the marker of the page, from the records alone."""
-    lines = []
-    for number, run in enumerate(mistakes(), 1):
-        lines.append(f"{number}. **{run.name}** ({run.stage}.py; drawn: {TITLES[run.show]}). "
-                     f"{run.said}")
-    lines += ["", "| run | steps | cosine | commitment | perplexity | loss, last layer | loss, "
-              "[CLS] head | named right | probe, chosen | probe, paper's reading | seconds |",
-              "|---" * 11 + "|"]
-    digits = dict(steps=0, cosine=3, commitment=4, perplexity=1, loss_mim=3, loss_cls=3, mask_acc=1,
-                  top1=1, paper_top1=1, seconds=0)
+PICTURES = {"mistakes.png": draw}
+
+PAGE = """# What eight mistakes look like
+
+`python -m results.mistakes`: each mistake (red) is made in one run of tiny, shorter than its
+recipe, and lies over healthy runs (grey). {made_on} Records: [mistakes.jsonl](mistakes.jsonl).
+
+![eight mistakes](mistakes.png)
+
+{said}
+
+{rows}
+"""
+DIGITS = dict(steps=0, cosine=3, commitment=4, perplexity=1, loss_mim=3, loss_cls=3, mask_acc=1,
+              top1=1, paper_top1=1, seconds=0)
+NAMES = ["run", "steps", "cosine", "commitment", "perplexity", "loss, last layer",
+         "loss, [CLS] head", "named right", "probe, chosen", "probe, paper's reading", "seconds"]
+
+
+def page(records):
+    """The text of results/mistakes.md. UserError if a run is missing"""
+    found = {x["run"]: x for x in records}
+    missing = [run.name for run in ALL if run.name not in found]
+    if missing:
+        raise UserError(f"there is no record of {', '.join(missing)}")
+    said = [f"{number}. **{run.name}** ({run.stage}.py; drawn: {TITLES[run.show]}). {run.said}"
+            for number, run in enumerate(mistakes(), 1)]
+    rows = []
     for run in ALL:
-        found = records[run.name]
-        cells = [f"{found[key]:.{n}f}" if key in found else "" for key, n in digits.items()]
-        lines.append(f"| {run.name} | " + " | ".join(cells) + " |")
-    facts = {(x["commit"][:7], x["threads"], x["torch"]) for x in records.values()}
-    lines += ["", "Commit, threads and torch of the runs: "
-              + "; ".join(f"{commit}, {threads}, {version}"
-                          for commit, threads, version in sorted(facts)) + "."]
-    return lines
+        facts = found[run.name] | found[run.name]["result"]
+        rows.append([run.name, *(f"{facts[key]:.{n}f}" if key in facts else ""
+                                 for key, n in DIGITS.items())])
+    return fill(PAGE, made_on=made_on(records), said="\n".join(said).replace(" \n", "\n").strip(),
+                       rows="\n".join(table(NAMES, rows)))
 
 
 def main(argv=None):
@@ -278,25 +279,20 @@ def main(argv=None):
     add = p.add_argument
     add("--runs", nargs="+", default=[run.name for run in ALL], help="names; default: all")
     add("--results", type=Path, default=RESULTS / "mistakes.jsonl", help="the records")
-    add("--draw", action="store_true", help="run nothing, only draw the picture and the page")
     args = p.parse_args(argv)
     if unknown := set(args.runs) - {run.name for run in ALL}:
         raise UserError(f"there is no run {', '.join(sorted(unknown))}: "
                         f"choose from {', '.join(run.name for run in ALL)}")
     torch.set_num_threads(1)                 # the same numbers whatever the number of cores
-    records = {x["run"]: x for x in read_lines(args.results)}
-    if not args.draw:
-        with exchanged({"data.Shapes": DrawnOnce}):
-            for run in [run for run in ALL if run.name in args.runs]:
-                print(f"--- {run.name}", flush=True)
-                records[run.name] = do(run)
-                write_lines(args.results, [records[r.name] for r in ALL if r.name in records])
-    missing = [run.name for run in ALL if run.name not in records]
-    if missing:
-        print(f"no page yet, these runs are missing: {json.dumps(missing)}")
-        return
-    draw(records, args.results.with_suffix(".png"))
-    write_below(args.results.with_suffix(".md"), table(records))
+    # Records of another day stay out: what has run says so by itself.
+    with exchanged({"data.Shapes": DrawnOnce}):
+        for run in [run for run in ALL if run.name in args.runs]:
+            print(f"--- {run.name}", flush=True)
+            do(run)
+    records = [record(run, folder(run.name)) for run in ALL
+               if (folder(run.name) / f"{run.stage}.jsonl").exists()]
+    write_lines(args.results, records)
+    make.write(make.PAGES["mistakes"], sys.modules[__name__], args.results.parent)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The tables of the README that follow from the code: flags, lines of method, hours of a run.
 
     python -m results.readme                 # writes them into README.md, between their marks
+
+The first screen comes from records (results/first_screen.py). As long as those are missing, what
+stands there stays.
 """
 import argparse
 import importlib
@@ -8,7 +11,9 @@ import re
 from unittest import mock
 
 from extras import plan
-from results.tables import ROOT
+from results import first_screen, make, speed
+from results.check import lacking, records_of
+from results.tables import RESULTS, ROOT, read_lines
 from support.args import Parser
 
 STAGES = "vqkd", "pretrain", "finetune", "linprobe", "segment"
@@ -87,12 +92,19 @@ def flags_table():
 
 # --- the page -------------------------------------------------------------------------------------
 TABLES = {"files": files_table, "flags": flags_table,
-          "plan": lambda: plan.table(plan.plan(plan.PEAKS))}
+          "plan": lambda: plan.table(plan.plan(plan.PEAKS)),
+          "loader": lambda: speed.feeding(read_lines(RESULTS / "speed.jsonl"))}
 
 
-def with_tables(text):
-    """The text of the README with today's tables between the marks of each."""
-    for name, table in TABLES.items():
+def page(records):
+    """The README with today's tables. UserError if records of the first screen are missing"""
+    return with_tables((ROOT / "README.md").read_text(), {
+        **TABLES, "first-screen": lambda: first_screen.screen(records)})
+
+
+def with_tables(text, tables):
+    """A text with today's tables between the marks of each.  tables: {name: () -> lines}"""
+    for name, table in tables.items():
         begin = f"<!-- {name} -->"
         end = f"<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
@@ -105,7 +117,11 @@ def with_tables(text):
 
 def main():
     path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    records = records_of(make.PAGES["readme"], RESULTS)
+    if lacking(records):
+        path.write_text(with_tables(path.read_text(), TABLES))
+    else:
+        path.write_text(page(records))
 
 
 if __name__ == "__main__":

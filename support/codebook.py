@@ -34,7 +34,7 @@ def collapsing(perplexity, best, codes, warned=False):
 
     Once `warned`, the answer stays True until perplexity is over 50 % of its best and 25 % of the
     codes. So one fall gives one warning. A healthy codebook dips for a step or two after its
-    k-means start, but not below 28 % of its best (results/health.md).
+    k-means start (results/health.md says how far).
     """
     share, floor = (0.5, 0.25) if warned else (0.2, 0.15)
     return perplexity < max(share * best, floor * codes)

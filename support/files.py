@@ -306,8 +306,8 @@ class Log:
         lines = self.cut(start_step, append)
         place = where(process)
         if append or not lines:
-            about = describe_run(self.path.stem, args) | place
-            self(**about, python=platform.python_version(), **processor(), **facts)
+            about = describe_run(self.path.stem, args) | processor() | place
+            self(**about, python=platform.python_version(), **facts)
         else:
             self.compare(json.loads(lines[0]), facts, place, args)
 
@@ -361,18 +361,23 @@ class Log:
 
 def where(process):
     """The place of a computation: on another one, the last bits of a result can differ."""
-    return dict(machine=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-                device=str(process.device), threads=torch.get_num_threads(),
-                processes=process.world_size, torch=str(torch.__version__))
+    return dict(machine=instructions(), device=str(process.device),
+                threads=torch.get_num_threads(), processes=process.world_size,
+                torch=str(torch.__version__))
+
+
+def instructions():
+    """For example x86_64 AVX2."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def processor():
-    """What the machine calls its CPU (and its GPU, if torch sees one), and how many cores it has"""
+    """The machine: its CPU, how many cores, and its GPU if torch sees one."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):       # only Linux has this file
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         cpu = names[0] if names else cpu
-    found = dict(cpu=cpu, cores=os.cpu_count())
+    found = dict(machine=instructions(), cpu=cpu, cores=os.cpu_count())
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found

@@ -16,8 +16,6 @@ the codebook term of Eq. (2), which is only logged (the codes move by moving ave
 """
 import argparse
 import importlib
-import importlib.metadata
-import json
 import multiprocessing.connection
 import os
 import re
@@ -1032,36 +1030,12 @@ def main():
     score = f"{noticed} of {len(lines)} bugs ({100 * noticed / len(lines):.1f} %)"
     print(f"{score} noticed, {seconds} s")
     if args.write and not args.words and not golden:
-        facts = dict(
-            date=time.strftime("%Y-%m-%d"),
-            seconds=seconds,
-            jobs=args.jobs,
-            cores=os.cpu_count(),
-            torch=importlib.metadata.version("torch"),
-            bugs=len(lines),
-            noticed=noticed,
-        )
-        (ROOT / "results" / "mutations.jsonl").write_text(
-            "".join(json.dumps(x) + "\n" for x in [facts, *lines])
-        )
-        rows = [f"| {x['file']} | {x['bug']} | {x['by'] or '**survives**'} |" for x in lines]
-        (ROOT / "results" / "mutations.md").write_text(
-            "\n".join([TEXT.format(score=score, **facts), *rows, ""])
-        )
-
-
-TEXT = """# Would the tests notice?
-
-One-line bugs in the method, put into a copy of the project one at a time. {score} are noticed
-without the authors' tensors, by the test beside them, which passes without the bug. If a bug
-survived, the missing test was written. So this page shows what is guarded; it is no estimate of
-how many other bugs the tests would find.
-
-`python tests/mutate.py --write`, {date}: {seconds} s, {jobs} at a time, {cores} cores,
-torch {torch}. The changed lines are in [mutations.jsonl](mutations.jsonl).
-
-| file | bug | noticed by |
-|---|---|---|"""
+        sys.path.insert(0, str(ROOT))        # only now: a fork must not know the project
+        from results import make, tables
+        facts = dict(seconds=seconds, jobs=args.jobs)
+        facts |= tables.about("python tests/mutate.py --write")
+        tables.write_lines(ROOT / "results" / "mutations.jsonl", [facts, *lines])
+        make.main(["mutations"])
 
 
 if __name__ == "__main__":

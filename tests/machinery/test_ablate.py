@@ -8,7 +8,7 @@ import torch
 
 import pretrain
 import vqkd
-from conftest import log_lines, stage
+from conftest import stage
 from results import ablate
 from support import teachers
 from support.shapes import Shapes
@@ -119,36 +119,36 @@ def test_the_table_holds_the_mean_of_what_the_logs_hold(tmp_path, monkeypatch):
                         linprobe=dict(source="pretrain", top1=probe + shift, paper_top1=40.0,
                                       knn=30.0, time=9.0))
             for stage_name, summary in logs.items():
-                lines = [dict(commit="c", time=0.01), dict(summary=1, **summary)]
+                first = dict(commit="c", machine="m", threads=1, torch="2", cpu="a CPU", cores=2,
+                             args=dict(amp="no"), time=0.01)
+                lines = [first, dict(summary=1, **summary)]
                 if stage_name == "vqkd":     # stopped at 12 s and resumed: 12 + 18 = 30 s in all
                     lines[1:1] = [dict(step=5, time=12.0), dict(step=6, time=1.0)]
                     lines[-1]["time"] = 18.0
                 text = "".join(json.dumps(x) + "\n" for x in lines)
                 (home / f"{stage_name}.jsonl").write_text(text)
-    out = tmp_path / "ablations.md"
-    out.write_text("kept\n<!-- tables -->\nold\n")
-    ablate.write_table([0, 1, 2], out)
-    text = out.read_text()
-    assert text.startswith("kept\n") and "old" not in text
+    rows = [row for row in ablate.ROWS if row.name in ("base", "no aggregation")]
+    text = ablate.page([ablate.read_row(row, seed) for row in rows for seed in (0, 1)])
     assert "| base | 2 | 50.0 ± 0.0 | 64.0 ± 0.0 | 51.0 ± 1.0 | 20.0 ± 0.0 | 61.0 ± 1.0 |" in text
     assert "| 90 ± 0 |" in text
     assert "| no aggregation below base (paper) | probe, chosen | -10.0 ± 0.0 | same |" in text
-    assert len(log_lines(tmp_path / "ablations.jsonl")) == 4
+    assert "Of 2 expectations 1 hold beyond noise, 0 are opposite" in text
+    assert ablate.read_row(rows[0], seed=2) is None
 
 
 # --- the command ----------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_rows_run_share_their_tokenizer_and_are_not_run_twice(tmp_path):
-    flags = ["--rows", "base", "no aggregation", "regress pixels", "--seeds", 0,
-             "--results", tmp_path / "a.md", "--steps", 104, "--limit", 64, "--batch-size", 2,
-             "--workers", 0]
+def test_rows_run_share_their_tokenizer_and_are_not_run_twice(tmp_path, monkeypatch):
+    flags = ["--rows", "base", "no aggregation", "regress pixels", "--seeds", 0, "--no-page",
+             "--steps", 104, "--limit", 64, "--batch-size", 2]
     first = stage("results.ablate", *flags, cwd=tmp_path)
     assert len(re.findall("^vqkd: .* parameters", first.stdout, re.M)) == 1
     assert len(re.findall("^pretrain: .* parameters", first.stdout, re.M)) == 3
     again = stage("results.ablate", *flags, cwd=tmp_path)
     assert not re.search("^(vqkd|pretrain): .* parameters", again.stdout, re.M)
     assert "already done" in again.stdout
-    rows = {x["row"]: x for x in log_lines(tmp_path / "a.jsonl")}
+    monkeypatch.chdir(tmp_path)              # runs/ablations lies below it
+    rows = {row.name: ablate.read_row(row, 0) for row in ablate.ROWS}
     assert rows["base"]["perplexity"] == rows["no aggregation"]["perplexity"] > 1
     assert "perplexity" not in rows["regress pixels"]
     assert 0 <= rows["regress pixels"]["top1"] <= 100

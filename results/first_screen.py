@@ -1,0 +1,65 @@
+"""The README's first commands, timed as a newcomer would see them: alone, on all cores.
+
+    python -m results.first_screen           # ten minutes of a machine with nothing else to do
+"""
+from results.runs import find, of_seeds, study
+from results.tables import cell, made_on, table
+from results.tiny import FINETUNE_RATES, SEEDS, SEGMENT_RATES
+from support.process import launch
+
+COMMANDS = ["python vqkd.py", "python pretrain.py", "python linprobe.py",
+            "python finetune.py --labels-per-class 100", "python segment.py"]
+
+
+def figure(records, name, stage, key, source=None, unit=1, digits=1):
+    return cell([unit * x[key] for x in of_seeds(records, name, SEEDS, stage, source)], digits)
+
+
+def best_scratch(records, stage, key, rates):
+    """The best of several rates from scratch, as a cell."""
+    def mean(name):
+        found = of_seeds(records, name, SEEDS, stage)
+        return sum(x[key] for x in found) / len(found)
+    name = max((f"scratch-{rate}" for rate in rates), key=mean)
+    return figure(records, name, stage, key)
+
+
+def screen(records):
+    """Lines of the README: command, time, result over three seeds, what stands beside it."""
+    def of(name, stage, key, *more, **named):
+        return figure(records, name, stage, key, *more, **named)
+    stages = [
+        ("vqkd", "images -> `vqkd.pt`",
+         f"{of('hog', 'vqkd', 'codes_used')} of {find(records, 'hog-0', 'vqkd')['args']['codes']} "
+         f"codes in use, perplexity {of('hog', 'vqkd', 'perplexity')}, cosine to the teacher "
+         f"{of('hog', 'vqkd', 'cosine', digits=3)}", ""),
+        ("pretrain", "`vqkd.pt` -> `pretrain.pt`",
+         f"{of('hog', 'pretrain', 'mask_acc')} % of the hidden patches named right",
+         f"guessers: {of('hog', 'pretrain', 'guess_position')}, "
+         f"{of('hog', 'pretrain', 'guess_nearest')}"),
+        ("linprobe", "`pretrain.pt` -> `linprobe.pt`",
+         f"{of('hog', 'linprobe', 'top1', 'pretrain')} % top-1",
+         "; ".join(f"{name}: {of('hog', 'linprobe', 'top1', name)}" for name in
+                   find(records, "hog-0", "linprobe")["result"] if name != "pretrain")),
+        ("finetune", "`pretrain.pt` -> `finetune.pt`",
+         f"{of('hog', 'finetune', 'top1')} % top-1",
+         f"scratch: {best_scratch(records, 'finetune', 'top1', FINETUNE_RATES)}"),
+        ("segment", "`pretrain.pt` -> `segment.pt`", f"{of('hog', 'segment', 'miou')} % mIoU",
+         f"scratch: {best_scratch(records, 'segment', 'miou', SEGMENT_RATES)}")]
+    rows = []
+    for stage, files, result, beside in stages:
+        once = find(records, "tiny", stage)
+        rows.append([f"`{once['command']}`", files, f"{once['seconds']:.0f} s", result, beside])
+    alone = [x for x in records if x["run"] == "tiny"]
+    return [*table(["command", "reads -> writes", "time", "result", "beside it"], rows), "",
+            f"Times: one run of these commands, alone. {made_on(alone)} Results: mean ± standard "
+            f"error of seeds {', '.join(map(str, SEEDS))}; scratch: the best of three rates "
+            f"([all runs](results/README.md))."]
+
+
+def main(argv=None):
+    study("first_screen", __doc__, COMMANDS, jobs=1, threads=None, argv=argv)
+
+
+if __name__ == "__main__":
+    launch(main)
