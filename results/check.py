@@ -76,7 +76,12 @@ def today(command):
     stage = script.removesuffix(".py")
     if stage not in STAGES:
         return None
-    return importlib.import_module(stage).parse_args(words)
+    module = importlib.import_module(stage)
+    args = module.parse_args(words)
+    if stage == "finetune":                  # its recipe depends on what it starts from
+        module.complete(args)
+    args.micro_batch = args.micro_batch or args.batch_size   # as support/run.py does
+    return args
 
 
 def changed_recipes(records):

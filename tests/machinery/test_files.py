@@ -2,11 +2,13 @@
 import argparse
 import json
 import os
+import subprocess
 import zipfile
 
 import pytest
 import torch
 
+from support import files
 from support.files import Log, UserError, read_file, set_aside, tensors, write_file
 from support.process import Process
 
@@ -142,6 +144,26 @@ def test_fresh_moves_the_folder_of_a_tokenizer_but_only_the_files_of_a_later_sta
     assert names(tmp_path / "tiny.2") == ["vqkd.pt"]
     set_aside("vqkd", out)                                   # nothing there: nothing happens
     assert not (tmp_path / "tiny.3").exists()
+
+
+# --- the commit -----------------------------------------------------------------------------------
+def test_a_commit_is_dirty_if_a_python_file_differs_but_not_if_a_page_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b",
+                        *words], check=True, capture_output=True)
+    assert files.commit() == "unknown"
+    git("init", "-q")
+    (tmp_path / "support").mkdir()
+    for name in ("a page", "support/a.py"):
+        (tmp_path / name).write_text("one")
+    git("add", "-A")
+    git("commit", "-q", "-m", "one")
+    (tmp_path / "a page").write_text("two")
+    assert len(files.commit()) == 40
+    (tmp_path / "support/a.py").write_text("two")
+    assert files.commit().endswith("-dirty")
 
 
 # --- the log --------------------------------------------------------------------------------------

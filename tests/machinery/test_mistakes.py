@@ -148,7 +148,7 @@ def test_all_runs_leave_records_a_picture_and_a_page(tmp_path, monkeypatch):
     mistakes.main(flags)
     first = log_lines(tmp_path / "mistakes.jsonl")
     assert [x["run"] for x in first] == [run.name for run in mistakes.ALL]
-    assert all(x["threads"] == 1 and x["curves"] and "top1" in x for x in first)
+    assert all(x["threads"] == 1 and x["curves"]["train"] and "top1" in x["result"] for x in first)
     assert (tmp_path / "mistakes.png").stat().st_size > 1000
     page = (tmp_path / "mistakes.md").read_text()
     mistakes.main(flags)                     # finished runs are not run again

@@ -215,7 +215,8 @@ def test_every_command_of_a_study_is_one_that_its_stage_takes(study):
     for command in study.COMMANDS:
         stage = command.split()[1].removesuffix(".py")
         if stage != "-m":
-            assert check.today(command).out.parent.name == "runs"
+            args = check.today(command)
+            assert args.out.parent.name == "runs" and args.batch_size and args.data == "shapes"
         logs.add(runs.place(command))
     assert len(logs) == len(study.COMMANDS)  # no two write the same log
 
