@@ -371,8 +371,7 @@ def train(args):
     groups = rate_groups(model, args.weight_decay, args.layer_decay)
     optimizer = adamw(groups, (0.9, 0.999), run.device)
     network = run.start(train_set, model=model, optimizer=optimizer,
-                        facts={"chance": math.log(len(names))}, about={"classes": names},
-                        before_saving=lambda: batchnorm.average_statistics(model, run))
+                        facts={"chance": math.log(len(names))}, about={"classes": names})
     run.eval_every = math.ceil(run.total_steps / args.evaluations)
 
     for step in run.steps():
@@ -390,11 +389,11 @@ def train(args):
 
         optimizer.step()                     # Recipe, not in the paper: gradients are not clipped
         optimizer.zero_grad(set_to_none=True)
+        batchnorm.average_statistics(model, run)             # the same network in all processes
 
         if run.log_due:
             run.log(loss=loss, loss_main=loss_main, loss_aux=loss_aux)
         if run.evaluation_due:
-            batchnorm.average_statistics(model, run)         # the same network in all processes
             result, iou, acc = evaluate(model, val_set, run)
             run.log_evaluation(result)
 

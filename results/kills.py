@@ -58,7 +58,7 @@ the log but for `images_per_s` and `time`. All trials: [kills.jsonl](kills.jsonl
 ## Stop signals, sent to all processes of a run at a random moment of the training
 
 A run has to exit with 128 + signal (under torchrun: not 0), without a traceback, and leave a
-resume file. **{stops} trials, {stops_wrong} with anything wrong.**
+resume file that holds all steps done. **{stops} trials, {stops_wrong} with anything wrong.**
 
 | stage | signal | loader workers | processes | steps done | exit code | wrong |
 |---|---|---|---|---|---|---|
@@ -101,8 +101,13 @@ def start(words, folder, out):
         words[3:3] = ["--redirects", "3", "--log-dir", f"{out}.ranks"]
     with open(f"{out}.stderr", "w") as errors:
         return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors,
-                                start_new_session=True,
+                                start_new_session=True, preexec_fn=hear_hangups,
                                 env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+def hear_hangups():
+    """Under nohup, runs would ignore SIGHUP, as they should."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def printed_errors(out):
@@ -232,7 +237,8 @@ def trial(case, folder, unbroken, draw):
     steps_done = read_text(out / f"{stage}.jsonl").count('"lr": ')
     wrong = []
     if case["signal"] != "SIGKILL":
-        wrong = stopped_badly(process.returncode, case, printed_errors(out), left)
+        wrong = stopped_badly(process.returncode, case, printed_errors(out))
+        wrong += lost(out / f"{stage}.resume.pt", steps_done)
     finish(words, folder, out)
     wrong += differences(unbroken, contents(out, stage))
     about = read_lines(out / f"{stage}.jsonl")[0]
@@ -243,7 +249,15 @@ def trial(case, folder, unbroken, draw):
         date=time.strftime("%Y-%m-%d"))
 
 
-def stopped_badly(code, case, errors, left):
+def lost(resume, steps_done):
+    """What a resume file does not hold, as sentences."""
+    if not resume.exists():
+        return ["no resume file"]
+    step = read_file(resume)["step"]
+    return [] if step == steps_done else [f"{steps_done} steps done, {step} saved"]
+
+
+def stopped_badly(code, case, errors):
     """What a stop signal did that it must not do, as sentences."""
     wrong = []
     expected = 128 + getattr(signal, case["signal"])
@@ -253,8 +267,6 @@ def stopped_badly(code, case, errors, left):
         wrong.append("exit code 0")
     if "Traceback" in errors:
         wrong.append("traceback")
-    if f"{case['stage']}.resume.pt" not in left:
-        wrong.append("no resume file")
     return wrong
 
 

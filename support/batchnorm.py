@@ -40,9 +40,11 @@ def check_batch(args, process):
 
 @torch.no_grad()
 def average_statistics(model, process):
-    """Give all processes the mean of their running means and variances. Rank 0's are saved.
+    """Give all processes the mean of their running means and variances, after every step.
 
-    How often this is done changes nothing but rounding, because the statistics move linearly.
+    Then rank 0 saves what all of them have. The statistics move linearly, so how often this is done
+    changes rounding alone. But a run that a signal stops saves once more, and its last bits would
+    differ if the mean were taken when saving.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):               # SyncBatchNorm is none: equal already

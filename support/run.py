@@ -78,20 +78,18 @@ class Run(Process):
             self.print(line)
         return self.total_steps
 
-    def start(self, train_set, facts=None, about=None, before_saving=None, **parts):
+    def start(self, train_set, facts=None, about=None, **parts):
         """Everything is built: restore the state, open log and loader.  -> the network to train
 
         parts: what a resume file has to hold, by name; anything with state_dict(). `model` is the
         network; it comes back wrapped for several processes, and compiled if asked.
         facts: what the first line of the log says. about: what the files say beside the weights.
-        before_saving: called by all processes before a state is saved.
         """
         args = self.args
         self.train_set = train_set
         self.parts = parts
         self.model = parts["model"]
         self.about = about or {}
-        self.before_saving = before_saving
         self.made_from = inputs.made_from(args, self)
         self.restore()
 
@@ -280,8 +278,6 @@ class Run(Process):
 
     def save(self):
         """Write STAGE.resume.pt. The one before stays as .prev until the next time."""
-        if self.before_saving:
-            self.before_saving()
         if self.is_main:
             path = self.out / f"{self.stage}.resume.pt"
             state = {name: part.state_dict() for name, part in self.parts.items()}

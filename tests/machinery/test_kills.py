@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from results import kills
 
@@ -59,13 +60,16 @@ def test_the_moment_of_a_kill_is_read_from_what_it_left(tmp_path, moment):
     assert kills.moment_met(tmp_path, "vqkd") is None
 
 
-def test_what_a_stop_must_not_do_is_named():
+def test_what_a_stop_must_not_do_is_named(tmp_path):
     case = dict(stage="vqkd", signal="SIGTERM", processes=1)
-    assert kills.stopped_badly(143, case, "SIGTERM: saved", ["vqkd.resume.pt"]) == []
-    assert kills.stopped_badly(1, case, "Traceback (most recent", []) == [
-        "exit code 1, not 143", "traceback", "no resume file"]
-    assert kills.stopped_badly(0, case | dict(processes=2), "", ["vqkd.resume.pt"]) == [
-        "exit code 0"]
+    assert kills.stopped_badly(143, case, "SIGTERM: saved") == []
+    assert kills.stopped_badly(1, case, "Traceback (most recent") == [
+        "exit code 1, not 143", "traceback"]
+    assert kills.stopped_badly(0, case | dict(processes=2), "") == ["exit code 0"]
+    assert kills.lost(tmp_path / "vqkd.resume.pt", 4) == ["no resume file"]
+    torch.save(dict(step=3), tmp_path / "vqkd.resume.pt")
+    assert kills.lost(tmp_path / "vqkd.resume.pt", 3) == []
+    assert kills.lost(tmp_path / "vqkd.resume.pt", 4) == ["4 steps done, 3 saved"]
 
 
 def test_processes_of_a_run_are_found_with_their_children():

@@ -183,14 +183,14 @@ def test_a_signal_to_the_whole_process_group_saves_and_the_same_command_ends_wit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, everybody", [
-    (signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGTERM, True),
-    (signal.SIGUSR1, True)], ids=str)
+@pytest.mark.parametrize("name, number, everybody", [
+    ("vqkd", signal.SIGTERM, False), ("vqkd", signal.SIGHUP, False),
+    ("vqkd", signal.SIGTERM, True), ("segment", signal.SIGUSR1, True)], ids=str)
 def test_under_torchrun_a_signal_saves_whether_its_launcher_gets_it_or_all_processes(
-        tmp_path, number, everybody):
-    flags = flags_of("vqkd", None, steps=30, workers=1)
-    process = start("vqkd", flags, tmp_path / "run", launch=TORCHRUN)
-    wait_for_step(process, tmp_path / "run" / "vqkd.jsonl", 3)
+        tmp_path, name, number, everybody):
+    flags = flags_of(name, None, steps=30, workers=1)
+    process = start(name, flags, tmp_path / "run", launch=TORCHRUN)
+    wait_for_step(process, tmp_path / "run" / f"{name}.jsonl", 3)
     if everybody:                            # as SLURM does; torchrun itself dies of SIGUSR1
         for pid in reversed(descendants(process.pid)):
             with contextlib.suppress(ProcessLookupError):    # some may end through the others
@@ -202,7 +202,7 @@ def test_under_torchrun_a_signal_saves_whether_its_launcher_gets_it_or_all_proce
     assert f"{number.name}: saved after step" in errors
     assert "Traceback" not in errors.split(": saved after step")[0]      # torchrun has one later
     assert "error:" not in errors
-    process = start("vqkd", flags, tmp_path / "whole", launch=TORCHRUN)
-    stage("vqkd.py", *flags, "--out", tmp_path / "run", processes=2)
+    process = start(name, flags, tmp_path / "whole", launch=TORCHRUN)
+    stage(f"{name}.py", *flags, "--out", tmp_path / "run", processes=2)
     assert process.communicate(timeout=300) and process.returncode == 0
-    same(tmp_path / "run", tmp_path / "whole", "vqkd")
+    same(tmp_path / "run", tmp_path / "whole", name)
