@@ -32,7 +32,7 @@ PAGES = {                                    # by the module in results/ that ma
     "homework": Page("homework.md", ["homework.jsonl"], [], "python -m results.homework --write"),
     "mutations": Page("mutations.md", ["mutations.jsonl"], [], "python tests/mutate.py --write"),
     "readme": Page("../README.md", ["first-screen.jsonl", "tiny.jsonl"], [],
-                   "python -m results.first_screen"),
+                   "python -m results.tiny, then python -m results.first_screen"),
 }
 
 

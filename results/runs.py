@@ -33,7 +33,9 @@ def folders(command):
 def run(command, threads):
     """One command, as a reader types it. UserError with its last words if it fails."""
     python, *words = shlex.split(command)
-    environment = os.environ | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     begin = time.time()
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, text=True,
                           capture_output=True)
