@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import shlex
+import shutil
 import subprocess
 
 from results.tables import read_lines, with_facts
@@ -54,8 +55,9 @@ def history(root):
     """-> a function commit -> whether it is in the history; None where that cannot be known."""
     def git(*words):
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
-    if not (root / ".git").exists() or "true" in git("rev-parse",
-                                                     "--is-shallow-repository").stdout:
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    if "true" in git("rev-parse", "--is-shallow-repository").stdout:
         return None
     return lambda commit: git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0
 
@@ -66,8 +68,9 @@ def wrong_commits(records, is_ancestor):
     for commit, number in found.items():
         unclear = commit == "unknown" or commit.endswith("-dirty")
         if unclear or (is_ancestor and not is_ancestor(commit)):
-            yield f"{number} of {len(records)} records are of commit {commit[:7]}" + (
-                "-dirty" if commit.endswith("-dirty") else "") + ", which is not in the history"
+            short = commit[:7] + commit[40:]
+            yield (f"{number} of {len(records)} records are of commit {short}, which is not in the "
+                   f"history")
 
 
 def today(command):

@@ -28,6 +28,11 @@ def screen(records):
     """Lines of the README: command, time, result over three seeds, what stands beside it."""
     def of(name, stage, key, *more, **named):
         return figure(records, name, stage, key, *more, **named)
+
+    def probed(key, source):
+        few = find(records, "hog-0", "linprobe")["args"]["labels_per_class"]
+        return (f"{of('hog', 'linprobe', key, source)} (from {few} labels a class "
+                f"{of('hog', 'linprobe', f'{key}_{few}', source)})")
     stages = [
         ("vqkd", "images -> `vqkd.pt`",
          f"{of('hog', 'vqkd', 'codes_used')} of {find(records, 'hog-0', 'vqkd')['args']['codes']} "
@@ -38,9 +43,9 @@ def screen(records):
          f"guessers: {of('hog', 'pretrain', 'guess_position')}, "
          f"{of('hog', 'pretrain', 'guess_nearest')}"),
         ("linprobe", "`pretrain.pt` -> `linprobe.pt`",
-         f"{of('hog', 'linprobe', 'top1', 'pretrain')} % top-1",
-         "; ".join(f"{name}: {of('hog', 'linprobe', 'top1', name)}" for name in
-                   find(records, "hog-0", "linprobe")["result"] if name != "pretrain")),
+         f"top-1 in %: {probed('top1', 'pretrain')}", f"raw pixels, nearest image: "
+         f"{probed('knn1', 'pixels')}; untrained: {probed('top1', 'random')}; tokenizer: "
+         f"{probed('top1', 'tokenizer')}"),
         ("finetune", "`pretrain.pt` -> `finetune.pt`",
          f"{of('hog', 'finetune', 'top1')} % top-1",
          f"scratch: {best_scratch(records, 'finetune', 'top1', FINETUNE_RATES)}"),
