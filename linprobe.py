@@ -5,19 +5,19 @@
 The network is never trained here. Its features are computed once and kept in a file. Then a whole
 grid of heads (block x read-out x norm x rate) is trained at once. The result depends on all these
 choices, and the paper names only one of them: [CLS] of the last layer. Results of all heads are
-shown. The head to report is chosen on a tenth of the TRAINING images.
+shown. The head to report is chosen on a tenth of the TRAINING images. A table at the end compares
+it with raw pixels and with few labels.
 
 Read in this order: readout, summarise, LinearHeads, Probe, train_heads, accuracy, choose, knn,
-run_probe.
+ridge, score_reading, run_probe.
 
     python linprobe.py                     # tiny on built-in shapes: reads runs/tiny/pretrain.pt
-    python linprobe.py --source all        # backbone, tokenizer, random weights, raw pixels
+    python linprobe.py --source all        # backbone, tokenizer, random weights, pixels, HOG
     torchrun --nproc_per_node=8 linprobe.py --model base --data /imagenet
 """
 # Shapes:  n images, B images of a batch, T = 1 + N tokens with [CLS] first, D width,
 #          L layers (blocks, then the final norm), F = 2D features per layer ([CLS] | patch mean),
 #          F' features of a read-out, S (rate, decay) pairs, H = read-outs x norms, C classes
-import json
 import shutil
 import time
 from pathlib import Path
@@ -29,13 +29,14 @@ from torch import nn
 from model import PRESETS, imagenet_normalize
 from support import inputs
 from support.args import check_sides, fill_in, number, run_parser, whole
-from support.files import Log, UserError, describe_run, rounded, write_file
+from support.files import Log, UserError
 from support.optim import adamw, cosine_schedule, set_lr
 from support.probe import (
-    SOURCES, feature_folder, file_of, grid_of_heads, load_source, open_images, sources_compared,
-    store_split)
+    SOURCES, draw_labels, feature_folder, file_of, grid_of_heads, hand_over, load_sources, named,
+    open_images, store_split, without)
 from support.process import join_processes, launch
 from support.run import dry_run, find_resume_file
+from support.teachers import HogTeacher
 
 MODELS = "tiny", "small", "base", "large"
 RATES = 1e-3, 4e-3, 1.6e-2               # of AdamW, around the 4e-3 of BEiT v1's probe
@@ -48,8 +49,10 @@ RECIPE = {  # All ours: the paper states no optimiser, rate or norm. BEiT v1's p
     "batch_size":   (256,                1024,  1024,  1024),
     "micro_batch":  (64,                 256,   256,   128),
     "epochs":       (20,                 30,    30,    30),
+    "labels_per_class": (10, 10, 10, 10),
 }
-# Heads on raw pixels overfit (6912 numbers of 10,800 images): the weight decay matters most.
+DRAWS = 20                               # of few labels; all of them cost less than the heads
+# Heads on raw pixels overfit (1728 numbers of 10,800 images): the weight decay matters most.
 PIXEL_SETTINGS = [(rate, decay) for rate in (1e-4, 3e-4, 1e-3) for decay in (1.0, 30.0, 300.0)]
 READOUTS = "cls", "mean", "both"
 NORMS = "none", "batchnorm"
@@ -76,12 +79,14 @@ def summarise(model, x, blocks=None):
 
 
 def encode(source, images):
-    """Images (B, 3, H, W) in [0, 1] -> features (B, L, F) of a Source: a network, or the pixels."""
+    """Images (B, 3, H, W) in [0, 1] -> features (B, L, F) of a Source: a network, pixels or HOG."""
     if source.model is not None:
         return summarise(source.model, imagenet_normalize(images), blocks=len(source.layers) - 1)
-    if max(images.shape[-2:]) > 48:      # 224 px would be 150,528 numbers per image
-        images = F.interpolate(images, size=48, mode="area")
-    return images.flatten(1)[:, None]                        # a single layer
+    if source.name == "hog":                                 # all patches side by side
+        return HogTeacher(8)(F.interpolate(images, size=48, mode="area")).flatten(1)[:, None]
+    # 1728 numbers of any image. On shapes they serve as well as all 6912; 224 px would be 150,528.
+    x = F.interpolate(images, size=24, mode="area").flatten(1)
+    return (x - x.mean(dim=1, keepdim=True))[:, None]        # a single layer; sign: light or dark
 
 
 def columns(kind, width):
@@ -241,20 +246,66 @@ def choose(held_out, probe, source):
     return table
 
 
-def knn(bank, bank_labels, queries, k, classes, temperature=0.07, chunk=256):
+def knn(bank, bank_labels, queries, k, classes, temperature=0.07, sign_blind=False, chunk=256):
     """Class scores by the k images of largest cosine.  bank (m, F'), queries (n, F') -> (n, C)
 
-    Each neighbour votes with exp(cosine / 0.07), as in DINO.
+    Each neighbour votes with exp(cosine / 0.07), as in DINO. sign_blind takes |cosine|: for pixels,
+    where light on dark is as near as dark on light.
     """
     bank = F.normalize(bank.float(), dim=-1)
     scores = []
     for part in queries.split(chunk):
         cosine = F.normalize(part.float(), dim=-1) @ bank.T
+        if sign_blind:
+            cosine = cosine.abs()
         similarity, nearest = cosine.topk(min(k, len(bank)), dim=-1)     # (B, k)
         votes = torch.zeros(len(part), classes, device=bank.device)
         vote = (similarity / temperature).exp()
         scores.append(votes.scatter_add_(1, bank_labels[nearest], vote))
     return torch.cat(scores)
+
+
+def ridge(x, y):
+    """A linear classifier by least squares.  x (m, F') features, y (m, C) targets -> W (F', C)
+
+    W makes |x W - y|^2 + decay |W|^2 smallest. One formula solves F' equations, the other m.
+    Logistic regression on few images is no better, and takes many steps.
+    """
+    m, width = x.shape
+    decay = x.square().sum() / m + 1e-12     # the mean of |x|^2: a third or thrice as much is alike
+    if width <= m:
+        return torch.linalg.solve(x.T @ x + decay * torch.eye(width).to(x), x.T @ y)
+    return x.T @ torch.linalg.solve(x @ x.T + decay * torch.eye(m).to(x), y)
+
+
+@torch.no_grad()
+def score_reading(row, source, probe, train, images, val, draws):
+    """What else the layer and read-out of a row of the table are worth.  -> {name: top-1}
+
+    knn1, knn10, knn20: k-NN among all training images; images (n,): their rows in the file.
+    few_top1, few_knn1 (R,): ridge and 1-NN if only the m images of a draw show their labels.
+    """
+    layer, _, h = row["at"]
+    group = probe.groups[h]
+    (x, labels), (queries, truth) = (
+        (features[:, layer, group.columns].to(probe.mean.device), labels.to(probe.mean.device))
+        for features, labels in (train, val))
+    x, labels = x[images], labels[images]                    # (n, F'), (n,)
+    classes = group.bias[0].shape[1]
+
+    def neighbours(k, rows=slice(None)):
+        sign_blind = source.name == "pixels"
+        votes = knn(x[rows], labels[rows], queries, k, classes, sign_blind=sign_blind)
+        return accuracy(votes, truth).item()
+
+    def linear(rows):
+        a, b = ((features.float() - probe.mean[layer, group.columns]) * group.scale[layer]
+                for features in (x[rows], queries))          # with the row's norm
+        y = F.one_hot(labels[rows], classes).float()
+        return accuracy(b @ ridge(a, y - y.mean(dim=0)), truth).item()
+
+    few = dict(few_top1=list(map(linear, draws)), few_knn1=[neighbours(1, rows) for rows in draws])
+    return {f"knn{k}": neighbours(k) for k in (1, 10, 20)} | few
 
 
 def hold_out(n, seed):
@@ -265,10 +316,11 @@ def hold_out(n, seed):
 
 
 # --- training: all heads of one source ------------------------------------------------------------
-def run_probe(source, args, process, log):
+def run_probe(source, sets, args, process, log):
     """Everything for one source.  -> its summary, its best head (rank 0; None, None elsewhere)"""
     begin = time.time()
-    train_set, val_set = open_images(source, args, process)
+    train_set, val_set = sets
+    draws = draw_labels(args, train_set.labels, DRAWS)       # for beat 5
 
     # 1. Features of all images, once. `views` rows of the file belong to each training image.
     # Differs from BEiT v1's probe, which crops and mirrors anew in every epoch (see --augment).
@@ -286,7 +338,7 @@ def run_probe(source, args, process, log):
     readouts = READOUTS
     settings = [(rate, args.weight_decay) for rate in args.rates]
     if source.model is None:
-        readouts = ["pixels"]
+        readouts = [source.paper]
         settings = PIXEL_SETTINGS
     probe = Probe(mean, variance, readouts, settings, len(train_set.classes)).to(process.device)
     steps = args.steps or args.epochs * max(1, len(fit) // args.batch_size)
@@ -304,37 +356,22 @@ def run_probe(source, args, process, log):
     for row in table:
         row |= dict(top1=top1[row["at"]].item(), top5=top5[row["at"]].item())
         log(source=source.name, **without(row, "at"))
-
-    # 5. k-NN among all training images, those held out too, each without its crops.
-    images = torch.arange(len(train_set)) * views
-    neighbours = score_knn("knn", paper, probe, train, images, val)
-    neighbours |= score_knn("knn_best", best, probe, train, images, val)
     print(grid_of_heads(source.name, table, best, paper), flush=True)
+
+    # 5. The same two readings by k-NN and with few labels. The bank: all training images, those
+    # held out too, each without its crops.
+    images = torch.arange(len(train_set)) * views
+    of_paper = score_reading(paper, source, probe, train, images, val, draws)
+    of_best = of_paper
+    if best is not paper:
+        of_best = score_reading(best, source, probe, train, images, val, draws)
     summary = dict(
         source=source.name, **without(best, "at", "paper"), paper_top1=paper["top1"],
         paper_top5=paper["top5"], paper_reading=f"{paper['block']} {paper['readout']}",
-        knn=neighbours["knn20"], **neighbours, images=len(train_set), steps=steps,
+        **named(of_best, of_paper, args.labels_per_class), images=len(train_set), steps=steps,
         seconds=time.time() - begin)
     layer, s, h = best["at"]
     return summary, probe.groups[h].head(layer, s, probe.mean)
-
-
-def score_knn(name, row, probe, train, rows, val):
-    """Top-1 of k-NN, k = 10 and 20, on the layer and read-out of one row of the table."""
-    layer, _, h = row["at"]
-    group = probe.groups[h]
-    device = probe.mean.device
-    bank, queries = (x[:, layer, group.columns].to(device) for x, _ in (train, val))
-    labels = train[1][rows].to(device)
-    scores = {}
-    for k in (10, 20):
-        votes = knn(bank[rows], labels, queries, k, group.bias[0].shape[1])
-        scores[f"{name}{k}"] = accuracy(votes, val[1].to(device)).item()
-    return scores
-
-
-def without(row, *names):
-    return {name: value for name, value in row.items() if name not in names}
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -342,7 +379,8 @@ def parse_args(argv=None):
     p = run_parser(__doc__, without=("compile", "log_every", "save_every"))
     add = p.add_argument_group("probe").add_argument
     add("--source", default="pretrain", choices=[*SOURCES, "all"], help="whose features: "
-        "OUT/pretrain.pt, the encoder in OUT/vqkd.pt, an untrained network, or all")
+        "OUT/pretrain.pt, the encoder in OUT/vqkd.pt, an untrained network, or all; raw pixels are "
+        "always beside it, and for tiny all has HOG, too")
     add("--checkpoint", type=Path, help="probe this file, ours or released, not OUT/pretrain.pt")
     add("--cache", type=Path, metavar="DIR", help="keep the features in DIR, for further probes of "
         "the same network; default: in OUT, until the probe is done")
@@ -352,6 +390,8 @@ def parse_args(argv=None):
     add("--weight-decay", type=number(0, 1000), help="of AdamW; base: 1e-4")
     add("--augment", type=whole(0, 100), default=0, help="random crops and flips per training "
         "image, kept as further features; base: 0, only the image")
+    add("--labels-per-class", type=whole(0), metavar="N", help="top-1 from N labels of every "
+        "class, too: the mean of 20 draws of training images; 0: not measured; base: 10")
     args = p.parse_args(argv)
     if args.checkpoint and args.source in ("tokenizer", "random"):
         raise UserError(f"--source {args.source} does not read --checkpoint {args.checkpoint}: "
@@ -374,33 +414,23 @@ def main(argv=None):
     process = join_processes(args.device, args.amp)
     args.amp = process.amp
     stage = "linprobe" if args.source in ("pretrain", "all") else f"linprobe_{args.source}"
-    names = (*SOURCES, "pixels") if args.source == "all" else (args.source,)
+    names = SOURCES if args.source == "all" else (args.source,)
     # A probe belongs to the weights it read, whatever their file is called.
     files = {name: file_of(name, args) for name in names if name in ("pretrain", "tokenizer")}
     find_resume_file(stage, args, process, **files)          # ends here if this probe is done
 
     made_from = inputs.made_from(args, process, **files)
-    sources = [load_source(name, args, process.device) for name in names]
+    sources = load_sources(names, args, process.device)
     log = Log(args.out / f"{stage}.jsonl", args, process, made_from=made_from)
+    sets = open_images(sources, args, process)
     results = []
     for source in sources:
-        results.append(run_probe(source, args, process, log))
+        results.append(run_probe(source, sets[source.image_size], args, process, log))
         if process.is_main and not args.cache:
             shutil.rmtree(feature_folder(args))
     if not process.is_main:
         return None
-    summaries = [summary for summary, _ in results]
-    for summary in summaries:
-        log(summary=1, **summary)
-        print(json.dumps(rounded(dict(summary=1, **summary))))
-    if len(summaries) > 1:
-        print(sources_compared(summaries))
-    first, (weight, bias) = results[0]
-    model = dict(weight=weight.cpu(), bias=bias.cpu())                   # (C, F'), (C,)
-    write_file(args.out / f"{stage}.pt", describe_run(stage, args) | dict(
-        model=model, block=first["block"], readout=first["readout"], norm=first["norm"],
-        rate=first["rate"], result=first, sources=summaries, made_from=made_from))
-    return first
+    return hand_over(results, stage, args, log, made_from)
 
 
 def describe(args):

@@ -108,10 +108,12 @@ def accuracy(logits, labels, k=1):
     return 100 * hit.double().mean(dim=0)
 """,
     "linprobe.py::knn": """
-def knn(bank, bank_labels, queries, k, classes, temperature=0.07, chunk=256):
+def knn(bank, bank_labels, queries, k, classes, temperature=0.07, sign_blind=False, chunk=256):
     a = F.normalize(queries.float(), dim=-1)
     b = F.normalize(bank.float(), dim=-1)
     cosine = a @ b.T
+    if sign_blind:
+        cosine = cosine.abs()
     best, nearest = cosine.topk(min(k, len(bank)), dim=-1)
     vote = torch.exp(best / temperature)
     one_hot = F.one_hot(bank_labels[nearest], classes).float()

@@ -329,15 +329,17 @@ def accuracy(logits, labels, k=1):
     return (100 * hit.double().mean(dim=0)).round()
 """, None),
     ("otherwise", "linprobe.py::knn", """
-def knn(bank, bank_labels, queries, k, classes, temperature=0.07, chunk=256):
+def knn(bank, bank_labels, queries, k, classes, temperature=0.07, sign_blind=False, chunk=256):
     cosine = F.cosine_similarity(queries[:, None].float(), bank[None].float(), dim=-1)
+    cosine = cosine.abs() if sign_blind else cosine
     best, nearest = cosine.topk(min(k, len(bank)), dim=1)
     votes = torch.zeros(len(queries), classes)
     return votes.scatter_add_(1, bank_labels[nearest], best)
 """, "Neighbours vote with their cosine"),
     ("stranger", "linprobe.py::knn", """
-def knn(bank, bank_labels, queries, k, classes, temperature=0.07, chunk=256):
+def knn(bank, bank_labels, queries, k, classes, temperature=0.07, sign_blind=False, chunk=256):
     cosine = F.cosine_similarity(queries[:, None].float(), bank[None].float(), dim=-1)
+    cosine = cosine.abs() if sign_blind else cosine
     best, nearest = cosine.topk(min(k, len(bank)), dim=1)
     votes = torch.zeros(len(queries), classes)
     return votes.scatter_(1, bank_labels[nearest], (best / temperature).exp())

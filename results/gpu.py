@@ -368,7 +368,8 @@ def pipeline(args, device):
             flags += SHORT if args.smoke and script == "vqkd.py" else []
             seconds, _ = command(script, "--out", out, *flags)
             log = read_lines(Path(out) / script.replace(".py", ".jsonl"))
-            summary = figures([x for x in log if x.get("summary")][-1])
+            # The first summary is of the network; raw pixels follow.
+            summary = figures(next(x for x in log if x.get("summary")))
             kept = {k: v for k, v in summary.items() if isinstance(v, int | float)}
             yield dict(script=script, took=seconds, **kept)
 

@@ -207,7 +207,8 @@ def record(run, home):
     facts["warned"] = [x["step"] for x in lines if "warning" in x][:1]
     facts["result"] = result_of([x for x in lines if "summary" in x][:1])
     log = "linprobe.jsonl" if run.stage == "pretrain" else "linprobe_tokenizer.jsonl"
-    for probe in [x for x in read_lines(home / log) if "summary" in x][-1:]:
+    # The first summary of a probe is of the network; raw pixels follow.
+    for probe in [x for x in read_lines(home / log) if "summary" in x][:1]:
         facts["result"] |= {key: probe[key] for key in ("top1", "paper_top1")}
     return facts | dict(curves=curves_of(lines, CURVES[run.stage]))
 

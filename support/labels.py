@@ -59,15 +59,16 @@ def choose_labels(labels, per_class, seed=0):
 
     The choice depends on (labels, seed) alone. Raises UserError if a class has too few images.
     """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    chosen = []
-    for c in labels.unique().tolist():
-        of_class = order[labels[order] == c]
-        if len(of_class) < per_class:
+    classes, counts = labels.unique(return_counts=True)
+    for c, count in zip(classes.tolist(), counts.tolist(), strict=True):
+        if count < per_class:
             raise UserError(f"--labels-per-class {per_class}: class number {c} has only "
-                            f"{len(of_class)} images; ask for fewer")
-        chosen.append(of_class[:per_class])
-    return torch.cat(chosen).sort().values
+                            f"{count} images; ask for fewer")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]        # class by class, in random order
+    first = counts.cumsum(0) - counts                        # where a class begins
+    chosen = order[first[:, None] + torch.arange(per_class)]             # (classes, per_class)
+    return chosen.flatten().sort().values
 
 
 class Few(Dataset):

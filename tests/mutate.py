@@ -38,6 +38,7 @@ TESTS = {  # which tests/test_*.py run, in this order, where a bug names no othe
     "model.py": "model aggregation",
     "finetune.py": "layer_decay finetune",
     "linprobe.py": "linprobe",
+    "support/probe.py": "linprobe",
     "segment.py": "upernet segment",
     "support/run.py": "run loops",
     "support/optim.py": "optim",
@@ -500,6 +501,15 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             "features[part].double() - mean).square()",
             "features[part].double()).square()",
         ),
+        ("a negative is no neighbour", "cosine = cosine.abs()", "cosine = +cosine"),
+        ("pixels with their brightness", "(x - x.mean(dim=1, keepdim=True))", "(x - x.mean())"),
+        ("decay per feature, not per image", "x.square().sum() / m", "x.square().sum() / width"),
+        ("few labels of validation images", "in (train, val))\n", "in (val, val))\n"),
+        ("classes without images are guessed", "y - y.mean(dim=0)", "y - 1 / classes"),
+    ],
+    "support/probe.py": [
+        ("error of the mean without the root", "len(values)**0.5", "len(values)"),
+        ("every draw is the first", "args.seed * draws + draw)", "args.seed * draws)"),
     ],
     "segment.py": [
         ("taps one block late", "return depth // 3 - 1,", "return depth // 3,"),

@@ -1,5 +1,6 @@
 """linprobe.py: a probe measures the features and nothing else."""
 import math
+import re
 
 import pytest
 import torch
@@ -8,14 +9,16 @@ from torch import nn
 import linprobe
 from conftest import ROOT, log_lines, stage
 from linprobe import (
-    READOUTS, Probe, accuracy, columns, hold_out, knn, mean_and_variance, readout, score_heads,
-    summarise, train_heads)
+    READOUTS, Probe, accuracy, columns, hold_out, knn, mean_and_variance, readout, ridge,
+    score_heads, summarise, train_heads)
 from model import ViT, imagenet_normalize
-from support import data
+from support import data, probe
 from support.files import UserError, read_file, write_file
+from support.labels import choose_labels
 from support.optim import cosine_schedule
-from support.probe import Source, load_source
+from support.probe import Source, draw_labels, load_source, load_sources, mean_and_error
 from support.process import launch
+from support.teachers import HogTeacher
 
 SHORT = ("--source random --limit 200 --steps 20 --batch-size 64 --workers 0 --device cpu "
          "--amp no").split()
@@ -339,6 +342,116 @@ def test_knn_with_more_neighbours_than_images_lets_all_of_them_vote_at_any_tempe
     torch.testing.assert_close(scores, torch.tensor(votes))
 
 
+def test_knn_that_is_blind_to_the_sign_finds_a_picture_in_its_negative():
+    bank = torch.eye(3)
+    queries = torch.tensor([[-0.9, 0.1, 0.2], [0.1, -0.2, 0.15]])        # the negatives of 0 and 1
+    labels = torch.tensor([0, 1, 2])
+    assert knn(bank, labels, queries, k=1, classes=3).argmax(1).tolist() == [2, 2]
+    blind = knn(bank, labels, queries, k=1, classes=3, sign_blind=True)
+    assert blind.argmax(1).tolist() == [0, 1]
+
+
+# --- pixels and few labels ------------------------------------------------------------------------
+PIXELS = Source("pixels", None, 48, ["pixels"], paper="pixels")
+
+
+def test_a_picture_its_negative_and_a_paler_one_are_one_picture_but_for_sign_and_length():
+    picture = torch.rand(4, 3, 48, 48)
+    x, negative, paler = (linprobe.encode(PIXELS, y)[:, 0] for y in (
+        picture, 1 - picture, 0.3 * picture + 0.5))
+    assert x.shape == (4, 24 * 24 * 3) and x.mean(dim=1).abs().max() < 1e-6
+    torch.testing.assert_close(negative, -x, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(paler, 0.3 * x, rtol=1e-4, atol=1e-6)
+    for size in ((96, 48), (224, 224), (16, 16)):
+        assert linprobe.encode(PIXELS, torch.rand(1, 3, *size)).shape == (1, 1, 1728)
+
+
+@pytest.mark.parametrize("m, width", [(30, 8), (8, 30), (12, 12)])
+def test_ridge_solves_the_equations_of_least_squares_with_decay(m, width):
+    x, y = torch.randn(m, width).double(), torch.randn(m, 3).double()
+    weight = ridge(x, y)
+    decay = x.square().sum(dim=1).mean()
+    residual = x.T @ (x @ weight - y) + decay * weight       # half the gradient at the minimum
+    torch.testing.assert_close(residual, torch.zeros(width, 3).double(), rtol=0, atol=1e-9)
+
+
+def few_args(*flags):
+    return linprobe.parse_args(["--source", "random", *flags])
+
+
+def test_every_draw_shows_as_many_images_of_each_class_and_other_seeds_make_other_draws():
+    labels = torch.arange(400) % 7
+    draws = draw_labels(few_args("--labels-per-class", "5"), labels, 20)
+    assert [labels[rows].bincount().tolist() for rows in draws] == [[5] * 7] * 20
+    again = draw_labels(few_args("--labels-per-class", "5"), labels, 20)
+    assert torch.equal(torch.stack(draws), torch.stack(again))
+    other = draw_labels(few_args("--labels-per-class", "5", "--seed", "1"), labels, 20)
+    assert len({tuple(rows.tolist()) for rows in draws + other}) == 40
+
+
+def test_without_enough_images_there_is_no_draw_unless_one_was_asked_for():
+    labels = torch.arange(40) % 5
+    assert draw_labels(few_args(), labels, 20) == []         # 10 of 8 by default
+    assert draw_labels(few_args("--labels-per-class", "0"), labels, 20) == []
+    with pytest.raises(UserError, match="--labels-per-class 9: class number 0 has only 8"):
+        draw_labels(few_args("--labels-per-class", "9"), labels, 20)
+
+
+def test_the_error_of_a_mean_is_the_deviation_of_the_draws_by_the_root_of_their_number():
+    assert mean_and_error([1, 2, 3, 4]) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
+    assert mean_and_error([7.0] * 20) == (7, 0)
+
+
+def test_few_labels_are_those_of_training_images_in_the_layer_and_read_out_of_the_row():
+    train, val = clusters(), clusters(seed=1)
+    train[0][:, 0, :6] = torch.randn(400, 6)                 # [CLS] of layer 0 knows nothing
+    probe = new_probe(train[0], 5)
+    draws = [choose_labels(train[1], 4, seed) for seed in range(3)]
+    other = val[0], (val[1] + 1) % 5                         # no training image says this
+
+    def scores(layer, h, val):
+        row = dict(at=(layer, 0, h))
+        source = Source("x", None, 48, ["1", "norm"])
+        return linprobe.score_reading(row, source, probe, train, all_of(train[0]), val, draws)
+    for name, found in scores(1, 2, val).items():
+        assert torch.tensor(found).min() > 99, name
+    assert scores(1, 2, other) == dict(
+        knn1=0, knn10=0, knn20=0, few_top1=[0] * 3, few_knn1=[0] * 3)
+    assert max(scores(0, 0, val)["few_top1"]) < 40
+
+
+def test_a_class_without_images_is_never_guessed_from_few_labels():
+    (features, labels), val = clusters(classes=3), clusters(classes=3, seed=1)
+    probe = new_probe(features, 9)                           # six names more than classes
+    draws = [choose_labels(labels, 4, 0)]
+    found = linprobe.score_reading(dict(at=(0, 0, 2)), PIXELS, probe, (features, labels),
+                                   all_of(features), val, draws)
+    assert found["few_top1"] == [100]
+
+
+def test_a_tokenizer_behind_checkpoint_is_called_a_tokenizer(tmp_path):
+    arch = dict(image_size=48, patch_size=8, width=32, depth=1, heads=2, positions="absolute",
+                layer_scale=0, pool="mean")
+    state = {f"encoder.{k}": v for k, v in ViT(**arch).state_dict().items()}
+    state["quantize.embedding.weight"] = torch.zeros(4, 2)
+    write_file(tmp_path / "x.pt", dict(kind="vqkd", arch=arch, model=state))
+    args = linprobe.parse_args(["--checkpoint", str(tmp_path / "x.pt")])
+    sources = load_sources(["pretrain"], args, torch.device("cpu"))
+    assert [source.name for source in sources] == ["tokenizer", "pixels"]
+
+
+def test_all_sources_of_tiny_end_with_hand_made_features_as_a_ceiling(monkeypatch):
+    monkeypatch.setattr(probe, "load_source", lambda name, *_: Source(name, ViT, 48, ["norm"]))
+    for model, last in (("tiny", ["pixels", "hog"]), ("base", ["pixels"])):
+        args = linprobe.parse_args(["--source", "all", "--model", model])
+        sources = load_sources(["random"], args, torch.device("cpu"))
+        assert [source.name for source in sources] == ["random", *last]
+    images = torch.rand(2, 3, 48, 48)
+    hog = Source("hog", None, 48, ["hog"], paper="hog")
+    teacher = HogTeacher(8)(images)                          # (B, 36, 144)
+    torch.testing.assert_close(linprobe.encode(hog, images)[:, 0], teacher.flatten(1))
+
+
 # --- whole probes ---------------------------------------------------------------------------------
 @pytest.fixture
 def shapes(monkeypatch):
@@ -398,7 +511,7 @@ def test_the_features_go_with_the_probe_unless_they_are_to_be_kept(tmp_path, mon
     monkeypatch.setattr(linprobe, "encode", lambda source, x: (
         images.append(len(x)), encode(source, x))[1])
     last = linprobe.main([*SHORT, *again, str(tmp_path / "c")])
-    assert images == [1, 1]                                  # still the same network?
+    assert images == [1, 1, 1, 1]            # train and val of two sources: still the same?
     different = [k for k in first if first[k] != last[k] and k != "seconds"]
     assert not different
 
@@ -425,14 +538,19 @@ def test_a_probe_of_an_earlier_network_is_refused_or_set_aside_and_further_views
 
 
 def test_the_script_probes_logs_and_says_when_it_is_done(tmp_path):
-    flags = ["--source", "random", "--limit", 40, "--steps", 3, "--workers", 0, "--device", "cpu",
-             "--out", tmp_path]
-    stage("linprobe.py", *flags)
+    flags = ["--source", "random", "--limit", 80, "--steps", 3, "--workers", 0, "--device", "cpu",
+             "--labels-per-class", 4, "--out", tmp_path]
+    said = stage("linprobe.py", *flags).stdout
     lines = log_lines(tmp_path / "linprobe_random.jsonl")
-    assert "args" in lines[0] and lines[-1]["summary"] == 1 and lines[-1]["source"] == "random"
-    keys = "top1 top5 knn block readout norm rate paper_top1".split()
-    assert set(keys) <= lines[-1].keys()
-    rows = [r for r in lines if "held_out" in r and "summary" not in r]
+    summaries = [line for line in lines if "summary" in line]
+    assert "args" in lines[0] and lines[-2:] == summaries
+    assert [line["source"] for line in summaries] == ["random", "pixels"]
+    keys = set("top1 top5 knn block readout norm rate paper_top1".split())
+    few = {"top1_4", "paper_top1_4", "knn1_4", "top1_4_se", "paper_top1_4_se", "knn1_4_se"}
+    assert all(keys | few <= line.keys() and line["draws"] == 20 for line in summaries)
+    for words in ("random ", "pixels "):                     # a line of the table each
+        assert re.search(rf"^{words}( +\d+\.\d\d){{4}}( +\d+\.\d \+- \d+\.\d){{3}} ", said, re.M)
+    rows = [r for r in lines if "held_out" in r and r["source"] == "random" and "summary" not in r]
     assert len(rows) == 7 * 3 * 2                            # 6 blocks, norm; 3 read-outs; 2 norms
     of_paper = [(r["block"], r["readout"]) for r in rows if r["paper"]]
     assert of_paper == [("norm", "cls")] * 2
