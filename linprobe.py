@@ -32,8 +32,8 @@ from support.args import check_sides, fill_in, number, run_parser, whole
 from support.files import Log, UserError
 from support.optim import adamw, cosine_schedule, set_lr
 from support.probe import (
-    SOURCES, draw_labels, feature_folder, file_of, grid_of_heads, hand_over, load_sources, named,
-    open_images, store_split, without)
+    SOURCES, feature_folder, file_of, grid_of_heads, hand_over, load_sources, named, open_images,
+    store_splits, without)
 from support.process import join_processes, launch
 from support.run import dry_run, find_resume_file
 from support.teachers import HogTeacher
@@ -316,20 +316,15 @@ def hold_out(n, seed):
 
 
 # --- training: all heads of one source ------------------------------------------------------------
-def run_probe(source, sets, args, process, log):
-    """Everything for one source.  -> its summary, its best head (rank 0; None, None elsewhere)"""
+def run_probe(source, sets, stored, args, process, log):
+    """Everything for one source.  -> its summary, its best head"""
     begin = time.time()
-    train_set, val_set = sets
-    draws = draw_labels(args, train_set.labels, DRAWS)       # for beat 5
+    train_set, val_set, draws = sets
 
-    # 1. Features of all images, once. `views` rows of the file belong to each training image.
+    # 1. Features of all images are computed once. `views` rows belong to each training image.
     # Differs from BEiT v1's probe, which crops and mirrors anew in every epoch (see --augment).
+    train, val, seconds = stored             # of train and val: features (rows, L, F), labels
     views = 1 + args.augment
-    train = store_split(source, encode, train_set, args.augment, args, process)
-    val = store_split(source, encode, val_set, 0, args, process)         # features, labels
-    if not process.is_main:                  # the heads are small: rank 0 trains them alone
-        return None, None
-    print(f"{source.name}: features of {len(train_set)} images in {time.time() - begin:.1f} s")
 
     # 2. All heads at once, on nine tenths of the training images.
     fit, held = hold_out(len(train_set), args.seed)
@@ -369,7 +364,7 @@ def run_probe(source, sets, args, process, log):
         source=source.name, **without(best, "at", "paper"), paper_top1=paper["top1"],
         paper_top5=paper["top5"], paper_reading=f"{paper['block']} {paper['readout']}",
         **named(of_best, of_paper, args.labels_per_class), images=len(train_set), steps=steps,
-        seconds=time.time() - begin)
+        seconds=seconds + time.time() - begin)
     layer, s, h = best["at"]
     return summary, probe.groups[h].head(layer, s, probe.mean)
 
@@ -422,14 +417,16 @@ def main(argv=None):
     made_from = inputs.made_from(args, process, **files)
     sources = load_sources(names, args, process.device)
     log = Log(args.out / f"{stage}.jsonl", args, process, made_from=made_from)
-    sets = open_images(sources, args, process)
-    results = []
-    for source in sources:
-        results.append(run_probe(source, sets[source.image_size], args, process, log))
-        if process.is_main and not args.cache:
-            shutil.rmtree(feature_folder(args))
-    if not process.is_main:
+    sets = open_images(sources, args, DRAWS, process)
+    sets = [sets[source.image_size] for source in sources]
+    stored = [store_splits(source, encode, images, args, process)
+              for source, images in zip(sources, sets, strict=True)]
+    if not process.is_main:                  # the heads are small: rank 0 trains them alone
         return None
+    results = [run_probe(*each, args, process, log)
+               for each in zip(sources, sets, stored, strict=True)]
+    if not args.cache:
+        shutil.rmtree(feature_folder(args))
     return hand_over(results, stage, args, log, made_from)
 
 

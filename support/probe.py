@@ -1,7 +1,7 @@
 """What surrounds a linear probe: the frozen networks, their images, files of features, tables.
 
     load_sources, load_source         networks, and which of their layers are read
-    open_images, store_split          their images; their features in a file
+    open_images, store_splits         their images; their features in files
     draw_labels                       the images that show their labels, if few do
     named                             the keys of a summary
     grid_of_heads, sources_compared   what linprobe.py prints
@@ -9,6 +9,7 @@
 """
 import dataclasses
 import json
+import time
 
 import torch
 
@@ -89,14 +90,14 @@ def file_of(name, args):
 
 
 # --- images and their features --------------------------------------------------------------------
-def open_images(sources, args, process):
-    """{image size: (training images, validation images)}: whole, with labels. Each opened once."""
-    return {size: open_size(size, args, process)
+def open_images(sources, args, draws, process):
+    """{image size: its images}, each size opened once: what open_size gives."""
+    return {size: open_size(size, args, draws, process)
             for size in dict.fromkeys(source.image_size for source in sources)}
 
 
-def open_size(image_size, args, process):
-    """-> training and validation images of this size."""
+def open_size(image_size, args, draws, process):
+    """-> training and validation images, whole, with labels; draw_labels of the training images."""
     plain = transforms.EvalTransform(image_size)
     train_set = data.open_split(args, "train", plain, labelled=True)
     val_set = data.open_split(args, "val", plain, labelled=True)
@@ -104,7 +105,17 @@ def open_size(image_size, args, process):
     if len(train_set) < 10:
         raise UserError(f"{len(train_set)} training images are too few to hold a tenth out: "
                         f"raise --limit or add images")
-    return train_set, val_set
+    return train_set, val_set, draw_labels(args, train_set.labels, draws)
+
+
+def store_splits(source, encode, sets, args, process):
+    """-> store_split of training and validation images, with and without crops; the seconds."""
+    begin = time.time()
+    train = store_split(source, encode, sets[0], args.augment, args, process)
+    val = store_split(source, encode, sets[1], 0, args, process)
+    seconds = time.time() - begin
+    process.print(f"{source.name}: features of {len(sets[0])} images in {seconds:.1f} s")
+    return train, val, seconds
 
 
 def store_split(source, encode, dataset, augment, args, process):

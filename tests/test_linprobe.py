@@ -421,11 +421,13 @@ def test_few_labels_are_those_of_training_images_in_the_layer_and_read_out_of_th
 
 
 def test_a_class_without_images_is_never_guessed_from_few_labels():
-    (features, labels), val = clusters(classes=3), clusters(classes=3, seed=1)
-    probe = new_probe(features, 9)                           # six names more than classes
-    draws = [choose_labels(labels, 4, 0)]
-    found = linprobe.score_reading(dict(at=(0, 0, 2)), PIXELS, probe, (features, labels),
-                                   all_of(features), val, draws)
+    def of(*values):                                         # features (n, 1, 2)
+        return torch.tensor(values)[:, None, None].expand(-1, 1, 2).contiguous()
+    features, labels = of(1.0, 2.0, -3.0), torch.tensor([0, 1, 0])
+    probe = new_probe(features, 9)                           # seven names more than classes
+    found = linprobe.score_reading(
+        dict(at=(0, 0, 0)), PIXELS, probe, (features, labels), all_of(features),
+        (of(-1.0, 2.0), torch.tensor([0, 1])), [torch.tensor([0, 1])])
     assert found["few_top1"] == [100]
 
 
