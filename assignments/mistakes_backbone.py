@@ -197,6 +197,9 @@ MISTAKES = {
          "The area is not drawn: it is uniform between min_block and what remains."),
         ("round(math.sqrt(area * aspect))", "int(math.sqrt(area * aspect))",
          "int() cuts off: blocks come out smaller than their area. Round."),
+        ("round(math.sqrt(area * aspect))\n        w = round(",
+         "int(math.sqrt(area * aspect))\n        w = int(",
+         "int() cuts off both sides: blocks come out smaller than their area. Round."),
         ("round(math.sqrt(area / aspect))", "round(math.sqrt(area * aspect))",
          "Every block is a square of the wrong size: w = sqrt(area / aspect)."),
         ("random.uniform(min_block, remaining)",
@@ -315,8 +318,21 @@ MISTAKES = {
          "The last blocks of the backbone run again: the shallow head has blocks of its own."),
         ("return last, side", "return side, last",
          "The two results are swapped: last layer first, then the shallow head."),
+        ("if queries is not None:", "if False:",
+         "`queries` has no effect: where they are given, both results hold these tokens only."),
+        ("side = None if side is None else side.take_along_dim(queries[:, :, None], dim=1)", "",
+         "The shallow stream still has all tokens: `queries` are picked from both results."),
     ],
     "pretrain.py::BEiT.forward": [
+        ("    queries = torch.cat([cls, hidden + 1], dim=1)\n"
+         "    last, side = self.streams(x, mask, queries)\n",
+         "    last, side = self.streams(x, mask, hidden + 1)\n"
+         "    last = torch.cat([last[:, :1], last], dim=1)\n"
+         "    side = None if side is None else torch.cat([side[:, :1], side], dim=1)\n",
+         "The queries lack [CLS], which the shallow head reads: streams takes (B, 1 + m), token 0 "
+         "first."),
+        ("norm, head = self.cls_pt_norm, self.cls_pt_lm_head", "head = self.cls_pt_lm_head",
+         "With --separate-head the norm is another, too: self.cls_pt_norm."),
         ("self.norm(last[:, 1:])", "(last[:, 1:])",
          "The final norm is missing before the code head."),
         ("norm(side[:, 1:])", "(side[:, 1:])",

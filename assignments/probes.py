@@ -365,9 +365,10 @@ def seed():
 
 
 def flat(value):
-    """Nested results as one list of tensors and words."""
+    """Nested results as one list of tensors and words. float64 counts as float32."""
     if isinstance(value, torch.Tensor):
-        return [str(value.dtype).removeprefix("torch."), value.detach().double()]
+        dtype = str(value.dtype).removeprefix("torch.").replace("float64", "float32")
+        return [dtype, value.detach().double()]
     if isinstance(value, dict):
         return [part for key in sorted(value) for part in [str(key), *flat(value[key])]]
     if isinstance(value, (tuple, list)):

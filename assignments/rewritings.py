@@ -266,6 +266,23 @@ def mim_loss(logits, logits_cls, z):
         loss_cls = F.cross_entropy(logits_cls.float() / 2, z)
     return loss_mim + loss_cls, (loss_mim.detach(), loss_cls.detach())
 """, None),
+    ("otherwise", "pretrain.py::sample_block", """
+def sample_block(mask, remaining, min_block):
+    gh, gw = len(mask), len(mask[0])
+    for _ in range(10):
+        area = random.uniform(min_block, remaining)
+        aspect = math.exp(random.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = int((area * aspect) ** 0.5), int((area / aspect) ** 0.5)
+        if not (1 <= h < gh and 1 <= w < gw):
+            continue
+        top, left = random.randint(0, gh - h), random.randint(0, gw - w)
+        new = [(y, x) for y in range(top, top + h) for x in range(left, left + w)
+               if not mask[y][x]]
+        if 0 < len(new) <= remaining:
+            return new
+    return random.sample([(y, x) for y in range(gh) for x in range(gw) if not mask[y][x]],
+                         remaining)
+""", "int() cuts off both sides"),
     # --- A5 ---
     ("otherwise", "pretrain.py::aggregate", """
 def aggregate(last, early):
@@ -307,7 +324,7 @@ def forward(self, x, mask, hidden=None):
     head = self.cls_pt_lm_head or self.lm_head
     return logits, head(norm(side[:, :-1][mask]))
 """, "Token 0 is [CLS]"),
-    ("stranger", "pretrain.py::BEiT.forward", """
+    ("otherwise", "pretrain.py::BEiT.forward", """
 def forward(self, x, mask, hidden=None):
     last, side = self.streams(x, mask)
     logits = self.lm_head(self.norm(last)[:, 1:][mask])
@@ -315,6 +332,25 @@ def forward(self, x, mask, hidden=None):
         return logits, None
     head = self.cls_pt_lm_head or self.lm_head
     return logits, head(self.norm(side)[:, 1:][mask])
+""", "With --separate-head the norm is another"),
+    ("otherwise", "pretrain.py::BEiT.forward", """
+def forward(self, x, mask, hidden=None):
+    hidden = hidden_patches(mask) if hidden is None else hidden
+    last, side = self.streams(x, mask, hidden + 1)
+    logits = self.lm_head(self.norm(last)).flatten(0, 1)
+    if side is None:
+        return logits, None
+    norm = self.cls_pt_norm or self.norm
+    head = self.cls_pt_lm_head or self.lm_head
+    return logits, head(norm(side)).flatten(0, 1)
+""", "The queries lack [CLS]"),
+    ("stranger", "pretrain.py::BEiT.forward", """
+def forward(self, x, mask, hidden=None):
+    last, side = self.streams(x, mask)
+    norm = self.cls_pt_norm or self.norm
+    head = self.cls_pt_lm_head or self.lm_head
+    logits = self.lm_head(norm(last)[:, 1:][mask])
+    return logits, None if side is None else head(norm(side)[:, 1:][mask])
 """, None),
     # --- A6 ---
     ("otherwise", "linprobe.py::readout", """
@@ -322,6 +358,12 @@ def readout(tokens, kind):
     pooled = {"cls": tokens[:, 0], "mean": tokens.sum(1) / tokens.shape[1]}
     return pooled.get(kind, torch.cat([pooled["cls"], pooled["mean"]], -1))
 """, "The mean contains [CLS]"),
+    ("otherwise", "linprobe.py::accuracy", """
+def accuracy(logits, labels, k=1):
+    best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
+    labels = labels.view(-1, *[1] * (logits.ndim - 1))
+    return (best == labels).any(dim=-1).float().mean(dim=0)
+""", "Accuracy is in percent"),
     ("stranger", "linprobe.py::accuracy", """
 def accuracy(logits, labels, k=1):
     best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices

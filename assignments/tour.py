@@ -66,10 +66,10 @@ def run(stage, *flags):
 
 def show(path):
     """A picture in a notebook. A script only names its file."""
-    try:
+    if "get_ipython" in globals():           # every notebook has it
         from IPython.display import Image, display
         display(Image(filename=str(path)))
-    except ImportError:
+    else:
         print(f"picture: {path}")
 
 
