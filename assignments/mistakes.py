@@ -4,11 +4,13 @@ RIGHT holds each function as a student may write it: differently from the projec
 mistake is one place of that text, the text with the mistake in it, and the sentence.
 """
 import functools
+import threading
 
 from assignments import mistakes_backbone, mistakes_tokenizer, probes
 
 RIGHT = mistakes_tokenizer.RIGHT | mistakes_backbone.RIGHT
 MISTAKES = mistakes_tokenizer.MISTAKES | mistakes_backbone.MISTAKES
+ALONE = threading.Lock()                     # of marking threads, as probes seed what all share
 
 
 def versions(name):
@@ -36,7 +38,8 @@ def diagnose(name, found):
     Or that of a mistake all of whose signs are there, beside others: a sign is a call in which the
     mistake gives something else than the project's function. The most signs win.
     """
-    correct, mistakes = known_answers(name)
+    with ALONE:
+        correct, mistakes = known_answers(name)
     if probes.same(found, correct):
         return None
     best, ties, sentence = 0, 0, None

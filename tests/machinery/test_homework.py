@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 
@@ -153,6 +154,27 @@ def test_a_mistake_in_other_words_gets_its_hint_and_an_unknown_one_gets_none(
     hint = mistakes.diagnose(name, probes.answers(name, probes.function_from(name, source)))
     assert (hint is None) == (kind == "stranger")
     assert hint is None or hint.startswith(told)
+
+
+def test_the_known_answers_are_computed_in_one_thread_at_a_time(monkeypatch):
+    inside, most = [], []
+
+    def answers(name, _):
+        inside.append(name)
+        most.append(len(inside))
+        time.sleep(0.01)                     # another thread would come in now
+        inside.remove(name)
+        return []
+
+    monkeypatch.setattr(probes, "answers", answers)
+    mistakes.known_answers.cache_clear()
+    threads = [threading.Thread(target=mistakes.diagnose, args=(name, [])) for name in NAMES[:2]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    mistakes.known_answers.cache_clear()     # these were no answers
+    assert len(most) > 10 and max(most) == 1
 
 
 # --- hand-outs ------------------------------------------------------------------------------------
