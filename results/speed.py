@@ -23,7 +23,7 @@ COMMANDS = [
     "python -m extras.bench --stage vqkd --amp no",
     "python -m extras.bench --stage quantizer --amp no",
     "python -m extras.bench --stage loader --amp no --threads 1 --clock cpu --repeats 9",
-    "python -m extras.bench --stage startup",
+    "python -m extras.bench --stage startup --amp no",
 ]
 
 PAGE = """# Speed
@@ -68,7 +68,9 @@ def step_rows(records):
     """The table of steps: every contestant of every command."""
     rows = []
     for x in [x for x in records if "share" in x]:
-        name = x["name"] + (", `--checkpoint-activations`" if x["checkpoint"] else "")
+        name = x["name"].removesuffix(" no")
+        if x["checkpoint"]:
+            name += ", `--checkpoint-activations`"
         memory = f"{x['peak_mib']:.0f}" if "peak_mib" in x else ""
         rows.append([name, x["batch"], f"{x['images_per_s']:.2f}", f"{100 * x['share']:.1f} %",
                      f"{x['limit'] / 1e9:.0f}", memory])
