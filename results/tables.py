@@ -31,12 +31,12 @@ def about(command, seed=0, amp="no"):
 
 
 def with_facts(records):
-    """Records with what is known of each. One without a command belongs to the last one with it."""
+    """Records with what is known of each. One that says nothing belongs to the last that does."""
     found = []
     facts = {}
+    names = "command commit seed amp machine cpu gpu cores threads torch".split()
     for record in records:
-        if "command" in record:
-            names = "commit command seed amp machine cpu gpu cores threads torch".split()
+        if "command" in record or "torch" in record:
             facts = {name: record[name] for name in names if name in record}
         found.append(facts | record)
     return found

@@ -122,6 +122,9 @@ def test_a_record_that_does_not_say_where_it_comes_from_is_noticed(tmp_path):
     del bare["machine"], bare["torch"]
     tables.write_lines(folder / "a.jsonl", [record(), bare | dict(command="another")])
     assert "1 of 2 records lack machine, torch" in only_fault(folder)
+    old = dict(torch="2"), dict(figure=1)    # a head without the facts, and what belongs to it
+    tables.write_lines(folder / "a.jsonl", [record(), dict(figure=1), *old])
+    assert "2 of 4 records lack command, commit, " in only_fault(folder)
     (folder / "a.jsonl").write_text("")
     assert "there are no records" in only_fault(folder)
 
