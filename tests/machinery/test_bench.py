@@ -252,4 +252,6 @@ def test_the_command_measures_tiny(tmp_path):
         "timm ViT no", "timm ViT bf16"]
     assert all(0 < row["share"] and row["images_per_s"] > 0 for row in rows)
     assert "images/s" in done.stdout
+    typed = "python -m extras.bench --model tiny --batch-size 2 --repeats 1 --device cpu"
+    assert {row["command"] for row in rows} == {typed}
     assert all(row["operations"] == row["operations_torch"] for row in rows[:3])

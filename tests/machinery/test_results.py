@@ -6,7 +6,7 @@ import types
 import pytest
 
 import vqkd
-from results import check, health, make, runs, tables, tiny
+from results import check, first_screen, health, make, runs, tables, tiny
 from support import inputs
 from support.files import UserError, plain_args
 
@@ -235,3 +235,54 @@ def test_what_a_run_is_said_to_have_run_on_is_said_once():
     found = tables.made_on([FACTS, FACTS | dict(commit="d" * 40), dict(cosine=1)])
     assert found == ("Commits ccccccc, ddddddd; a CPU, x86_64 AVX2, cores: 2, threads of a "
                      "process: 1; float32; torch 2.")
+
+
+# --- the pages of this project --------------------------------------------------------------------
+FIGURES = {
+    "vqkd": "codes_used perplexity cosine", "segment": "miou miou_objects m_acc a_acc",
+    "pretrain": "mask_acc mask_acc_cls guess_position guess_nearest", "finetune": "top1",
+    "linprobe": "top1 paper_top1 knn1 knn20 top1_10 paper_top1_10 knn1_10 draws images"}
+
+
+def made_up(command):
+    """A record of a command whose figures are 10, 11, 12 for the seeds 0, 1, 2."""
+    name, stage = runs.place(command)
+    seed = int(name[-1]) if name[-1].isdigit() else 0
+    figures = {key: 10 + seed for key in FIGURES.get(stage, "").split()}
+    if stage == "linprobe":
+        figures = dict.fromkeys(("pretrain", "pixels", "random", "tokenizer"), figures)
+    if stage == "finetune_eval":
+        figures = dict(restricted_top1=dict.fromkeys(tiny.SHIFTS.split(), 10 + seed))
+    return FACTS | dict(run=name, stage=stage, command=command, seed=seed, seconds=7.0, warned=[],
+                        args=dict(codes=64, labels_per_class=10), result=figures)
+
+
+def test_the_page_of_the_whole_method_has_every_run_and_no_empty_cell():
+    records = [made_up(command) for command in tiny.COMMANDS]
+    text = tiny.page(records)
+    assert "--" not in {cell.strip() for cell in text.split("|")}
+    assert "| pre-trained | 11.0 ± 0.6 |" in text and "Pre-training is worth 0.0 points" in text
+    assert text.count("| 11.0 ± 0.6 | 11.0 ± 0.6 | 11.0 ± 0.6 | 11.0 ± 0.6 |") > 10
+    with pytest.raises(UserError, match="no record of runs/beit-2, linprobe"):
+        tiny.page([x for x in records if (x["run"], x["stage"]) != ("beit-2", "linprobe")])
+
+
+def test_the_first_screen_takes_times_of_one_run_and_results_of_three_seeds():
+    alone = [made_up(command) for command in first_screen.COMMANDS]
+    lines = first_screen.screen([*alone, *[made_up(command) for command in tiny.COMMANDS]])
+    assert lines[2].startswith("| `python vqkd.py` | images -> `vqkd.pt` | 7 s | 11.0 ± 0.6 of 64")
+    assert "top-1 in %: 11.0 ± 0.6 (from 10 labels a class 11.0 ± 0.6)" in lines[4]
+
+
+def test_the_page_on_health_tells_how_far_a_codebook_fell_and_who_was_warned():
+    def lived(command, *perplexities):
+        curves = [dict(step=i, perplexity=p) for i, p in enumerate(perplexities)]
+        return made_up(command) | dict(curves=dict(train=curves, val=[]))
+    records = [lived(command, 50.0, 30.0, 60.0) for command in health.COMMANDS]
+    records[4] = lived(health.COMMANDS[4], 50.0, 20.0, 60.0)
+    records[-1] |= dict(warned=[1])
+    text = health.page(records).replace("\n", " ")
+    assert "in the worst healthy seed to 40 % of its best" in text
+    assert "0 of 10 healthy seeds were warned of, and 0 of the 3 naive ones" in text
+    assert "the collapse on purpose was." in text and "step 1, at 30.0 = 47 % of K" in text
+    assert "| healthy-4 | 0 | 60.0 | 20.0 (step 1) | 40 % | never | 14 of 64 | 14.0 |" in text
