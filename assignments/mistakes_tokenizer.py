@@ -105,6 +105,9 @@ MISTAKES = {
          "The smallest distance is returned: Eq. (1) asks for the number of the code that has it."),
         ("argmin(dim=-1)", "argmin(dim=-1).flatten()",
          "z has lost its shape: h (B, N, D) gives z (B, N), one number per vector."),
+        ("argmin(dim=-1)", "argmin()",
+         "Without dim, all vectors together get one number: the minimum runs over the codes alone "
+         "(dim=-1)."),
         ("enabled=False", "torch.bfloat16",
          "Under autocast the products are bfloat16, and about three codes in 100 change: compute "
          "the look-up in float32, with autocast off."),
@@ -170,6 +173,8 @@ MISTAKES = {
          "o is cut from the graph: the decoder learns nothing."),
         ("{name: part.detach() for name, part in parts.items()}", "parts",
          "The parts keep the graph of the whole step in memory: detach what is only logged."),
+        (", **cosines}", "}",
+         "With several teachers the parts lack the cosine of each: add what each_cosine gave."),
         ("torch.stack(list(cosines.values())).mean()", "sum(cosines.values())",
          "The cosines of several teachers are added up: take their mean."),
         ("    o = o.float()\n    t = t.float()\n", "",
@@ -182,6 +187,11 @@ MISTAKES = {
         ("counts = one_hot.sum(dim=0)", "counts = torch.zeros(codes)\n"
          "    counts[z.reshape(-1)] += 1",
          "counts[z] += 1 counts every code at most once. index_add_ or bincount count them all."),
+        ("    sums = one_hot.T @ h\n    counts = one_hot.sum(dim=0)\n",
+         "    sums, counts = torch.zeros(codes, h.shape[1]), torch.zeros(codes)\n"
+         "    sums[z.reshape(-1)] += h\n    counts[z.reshape(-1)] += 1\n",
+         "x[z] += y adds once to each code, however many vectors chose it. index_add_ adds all of "
+         "them, in sums and in counts."),
         ("one_hot.T @ h", "one_hot.T @ h / one_hot.sum(dim=0).clamp(min=1)[:, None]",
          "These are means: means of micro-batches and processes cannot be added up, sums can."),
         ("h.detach().float()", "h.float()",
@@ -214,6 +224,9 @@ MISTAKES = {
          "The new code is no unit vector: l2 is missing around the average."),
         ("used = counts > 0", "used = counts >= 0",
          "Codes without vectors are updated, too: with decay 0 they become 0. They stay."),
+        ("    return new", "    mean = l2(sums / counts[:, None])\n"
+         "    return l2(decay * codebook + (1 - decay) * mean)",
+         "Codes without vectors become NaN (0 / 0): they stay where they are."),
         ("new = codebook.clone()", "new = torch.zeros_like(codebook)",
          "Codes without vectors become 0: they stay where they are."),
         ("used = counts > 0", "used = counts > 1",
@@ -253,6 +266,9 @@ MISTAKES = {
          "The centres that were handed in are changed in place: work on a copy."),
         ("return centres, counts", "return centres, z",
          "The second result is the number of vectors of each centre (K,), not their codes (n,)."),
+        ("return centres, counts",
+         "return centres, code_sums(x, nearest_code(x, centres), len(centres))[1]",
+         "The counts are of one look-up too many: those of the last round are asked for."),
         ("return centres, counts", "return counts, centres",
          "The two results are swapped: centres first, then counts."),
         ("centres = centres.clone()", "centres = x[:len(centres)].clone()",
@@ -273,6 +289,8 @@ MISTAKES = {
          "top10_share is in percent."),
         ("p.sort(descending=True).values[:10]", "p[:10]",
          "These are the first ten codes, not the ten commonest."),
+        ("p.sort(descending=True).values[:10]", "p.topk(10).values",
+         "topk(10) fails on a codebook of fewer than ten codes: take as many as there are."),
         ("descending=True", "descending=False",
          "These are the ten rarest codes, not the ten commonest."),
         ("counts > 0", "counts > 1",
@@ -317,5 +335,8 @@ MISTAKES = {
          "The number of restarted codes is returned, not the codes."),
         ("    dead = dead[:len(h)]\n", "",
          "With fewer vectors than dead codes, the number returned is too large."),
+        ("    dead = dead[:len(h)]\n", "    assert len(dead) <= len(h)\n",
+         "With fewer vectors than dead codes it fails: then as many codes move as there are "
+         "vectors."),
     ],
 }

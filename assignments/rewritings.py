@@ -23,6 +23,10 @@ def nearest_code(h, codebook):
         flat = l2(h.float()).reshape(-1, h.shape[-1])
         return torch.stack([(l2(codebook.float()) @ x).argmax() for x in flat])
 """, "z has lost its shape"),
+    ("otherwise", "vqkd.py::nearest_code", """
+def nearest_code(h, codebook):
+    return (l2(h) @ l2(codebook).T).argmax(-1)
+""", "Under autocast"),
     ("stranger", "vqkd.py::nearest_code", """
 def nearest_code(h, codebook):
     with torch.autocast(h.device.type, enabled=False):
@@ -103,6 +107,7 @@ def vqkd_loss(o, t, h, v, beta=1.0, widths=None):
     cosine = F.cosine_similarity(o.float(), t.float(), dim=-1).mean()
     commit = F.mse_loss(h, v.detach())
     parts = dict(cosine=cosine.detach(), commit=commit.detach(), codebook=commit.detach())
+    parts |= teachers.each_cosine(o.detach().float(), t.float(), widths)
     return (1 - cosine) ** 2 + beta * commit, parts
 """, None),
     ("otherwise", "vqkd.py::code_sums", """

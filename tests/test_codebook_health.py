@@ -121,7 +121,8 @@ def test_dead_codes_restart_at_current_vectors_and_living_ones_stay():
     after = book.embedding.weight
     assert torch.equal(after[[0, 2, 4, 5]], before[[0, 2, 4, 5]])
     for k in (1, 3):
-        assert (h.flatten(0, 1) == after[k]).all(dim=1).any() and book.cluster_size[k] == 1
+        far = (h.flatten(0, 1) - after[k]).abs().amax(dim=1)
+        assert far.min() < 1e-6 and book.cluster_size[k] == 1
 
 
 def book_with_use(*use):

@@ -192,10 +192,11 @@ def test_perplexity_lies_between_one_and_the_codes_in_use(counts, seed):
     usage = codebook_usage(torch.tensor(counts))
     used = sum(n > 0 for n in counts)
     assert usage["codes_used"] == used and usage["dead_codes"] == len(counts) - used
-    assert 1 - 1e-9 <= usage["perplexity"] <= used + 1e-6
-    assert 0 < usage["top10_share"] <= 100 + 1e-9
+    assert 1 - 1e-5 <= usage["perplexity"] <= used + 1e-3                # float32 is enough
+    assert 0 < usage["top10_share"] <= 100 + 1e-3
     shuffled = torch.tensor(counts)[torch.randperm(len(counts), generator=seeded(seed))]
-    assert codebook_usage(3 * shuffled) == pytest.approx(usage)          # only shares count
+    again = codebook_usage(3 * shuffled)                     # only shares count
+    assert again == pytest.approx(usage, rel=1e-4, abs=1e-4)
 
 
 @for_all(use=st.lists(st.integers(0, 50), min_size=2, max_size=12), codes=st.integers(2, 40))
