@@ -274,8 +274,8 @@ def refuse_odd_batches(args, processes):
     """UserError if MixUp would leave one image of a micro-batch without a partner."""
     micro_batch, _ = data.split_batch(args.batch_size, args.micro_batch, processes)
     if micro_batch % 2 and (args.mixup or args.cutmix):
-        raise UserError(f"MixUp pairs images, and --batch-size {args.batch_size} makes "
-                        f"micro-batches of {micro_batch}: choose an even number, or "
+        raise UserError(f"MixUp pairs images, and --batch-size {args.batch_size} in parts of "
+                        f"{micro_batch} (--micro-batch) leaves one over: choose even numbers, or "
                         f"--mixup 0 --cutmix 0")
 
 

@@ -294,7 +294,8 @@ class Log:
     """STAGE.jsonl: one JSON line per call, written by rank 0. The first line describes the run.
 
     On resuming, lines of steps that the resume file does not know are removed, so that no step
-    stands there twice. With `append` (measurements, which have no steps) all lines stay.
+    stands there twice. A run that begins at step 0 begins its log anew: what stood there is of a
+    run that saved nothing. With `append` (measurements, which have no steps) all lines stay.
     """
 
     def __init__(self, path, args, process, start_step=0, append=False, **facts):
@@ -321,6 +322,8 @@ class Log:
             whole = [line for line in lines if line.endswith("}\n")]         # a kill can cut a line
             if not append:
                 whole = [x for x in whole if json.loads(x).get("step", -1) < start_step]
+            if not append and start_step == 0:
+                whole = []
             temporary = Path(f"{self.path}.tmp")             # a kill must not cost the log
             temporary.write_text("".join(whole), encoding="utf-8")
             os.replace(temporary, self.path)

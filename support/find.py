@@ -82,8 +82,12 @@ def leave_out_beside(root, used, left_out):
 
 def shown(path):
     """A path or name on one line, for a message: line breaks and bytes that are no text escaped."""
+    text = os.fsdecode(path)
+    with contextlib.suppress(UnicodeEncodeError):            # half a character, on Windows
+        # Where the locale is not UTF-8, Python takes the bytes of a letter like ü for no text.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in os.fsdecode(path))
+                   for c in text)
 
 
 # --- one folder -----------------------------------------------------------------------------------

@@ -184,9 +184,10 @@ def test_a_resumed_log_holds_no_step_twice(tmp_path):
 
 def test_a_fresh_start_begins_a_fresh_log_and_a_measurement_adds_to_those_before_it(tmp_path):
     path = tmp_path / "vqkd.jsonl"
-    Log(path, arguments(), ALONE)(step=0)
-    Log(path, arguments(), ALONE)
-    assert len(path.read_text().splitlines()) == 1
+    Log(path, arguments(), ALONE, images=17)(step=0)         # it ended at a bad image, which is
+    Log(path, arguments(), ALONE, images=16)                 # taken away then
+    [line] = path.read_text().splitlines()
+    assert json.loads(line)["images"] == 16
     Log(path, arguments(), ALONE, append=True)(loss=1)
     assert len(path.read_text().splitlines()) == 3
 

@@ -506,6 +506,8 @@ def test_ordinary_names_are_shown_as_they_are():
     for name in ("a b/ü'\"🐈.png", "C:\\pictures\\x.png"):
         assert shown(name) == name
     assert shown("a\nb") == "a\\nb" and shown(os.fsdecode(b"\xff")) == "\\udcff"
+    assert shown("M\udcc3\udcbcnze") == "Münze"              # as it is read in another locale
+    assert shown("\ud800") == "\\ud800"
 
 
 # --- CIFAR ----------------------------------------------------------------------------------------
