@@ -413,6 +413,8 @@ MISTAKES = {
          "The class is returned: the scores of all classes (n, C) are wanted."),
         ("a @ b.T", "-torch.cdist(queries.float(), bank.float())",
          "This is the Euclidean distance of the raw vectors: k-NN here goes by the angle."),
+        ("    if sign_blind:\n        cosine = cosine.abs()\n", "",
+         "`sign_blind` has no effect: with it the nearest images are those of largest |cosine|."),
     ],
     "finetune.py::layer_of": [
         ("int(part[1]) + 1", "int(part[1])",

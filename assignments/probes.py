@@ -280,6 +280,7 @@ def knn(f):
     yield lambda: F.normalize(f(bank, labels, queries, 6, 5), p=1, dim=1)
     yield lambda: f(bank, labels, queries, 6, 5, 0.5)
     yield lambda: f(bank, labels, queries, 50, 5, 1.0)
+    yield lambda: f(bank, labels, queries, 6, 5, 0.5, True)
 
 
 def layer_of(f):
