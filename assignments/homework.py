@@ -42,7 +42,8 @@ CHILD = ["assignments/__init__.py", "assignments/child.py", "assignments/probes.
 PAGES = ["README.md", "LICENSE", "CITATION.cff", "requirements.txt", "results/*.*",
          "results/*/*.*"]
 LEFT_OUT = [             # of a hand-out: lists of answers, and tests of the project as a whole
-    "results/mutations.*", "results/homework*", "results/mistakes*", "tests/mutate.py",
+    "results/mutations.*", "results/homework*", "results/mistakes*", "results/health*",
+    "tests/mutate.py",
     *(f"tests/machinery/test_{name}.py" for name in (
         "mutate", "house", "readme", "results", "homework", "mistakes", "reading", "pointers"))]
 
