@@ -165,6 +165,11 @@ def logged(log, step, evaluation=False):
     return any(('"split": "val"' in line) == evaluation for line in lines)
 
 
+def steps_logged(log):
+    """How many steps the log holds: one line each, with a speed."""
+    return read_text(log).count('"images_per_s": ')
+
+
 def read_text(path):
     return path.read_text() if path.exists() else ""
 
@@ -234,7 +239,7 @@ def trial(case, folder, unbroken, draw):
     send(process, getattr(signal, case["signal"]))
     left = sorted(f.name for f in out.glob("*resume*"))
     met = moment_met(out, stage)
-    steps_done = read_text(out / f"{stage}.jsonl").count('"lr": ')
+    steps_done = steps_logged(out / f"{stage}.jsonl")
     wrong = []
     if case["signal"] != "SIGKILL":
         wrong = stopped_badly(process.returncode, case, printed_errors(out))

@@ -1,4 +1,5 @@
 """results.kills: which trials are made, what counts, and what the page says of them."""
+import argparse
 import itertools
 import json
 import os
@@ -6,7 +7,11 @@ import os
 import pytest
 import torch
 
+import vqkd
 from results import kills
+from support.files import Log
+from support.process import Process
+from support.run import Run
 
 
 def test_any_two_of_stage_signal_and_way_to_run_meet_in_the_stop_trials():
@@ -70,6 +75,21 @@ def test_what_a_stop_must_not_do_is_named(tmp_path):
     torch.save(dict(step=3), tmp_path / "vqkd.resume.pt")
     assert kills.lost(tmp_path / "vqkd.resume.pt", 3) == []
     assert kills.lost(tmp_path / "vqkd.resume.pt", 4) == ["4 steps done, 3 saved"]
+
+
+def test_steps_are_counted_without_the_line_about_the_run_and_those_of_evaluations(tmp_path):
+    class Optimizer:
+        param_groups = [dict(lr=0.1)]
+
+    log = Log(tmp_path / "vqkd.jsonl", vqkd.parse_args([]), Process())
+    run = argparse.Namespace(
+        log_file=log, clock=0, clock_step=0, steps_per_epoch=1, total_steps=9, print=print,
+        args=vqkd.parse_args([]), parts=dict(optimizer=Optimizer), check=lambda now: 0)
+    for run.step in range(3):
+        Run.log(run, loss=1.0)
+    Run.log_evaluation(run, dict(cosine=0.1))
+    assert kills.steps_logged(log.path) == 3
+    assert kills.steps_logged(tmp_path / "no log yet") == 0
 
 
 def test_processes_of_a_run_are_found_with_their_children():
