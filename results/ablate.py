@@ -334,8 +334,8 @@ shared the machine, so the seconds are those of a busy one. Records:
 [ablations.jsonl](ablations.jsonl).
 
 **Read it with care: these runs are short and the seeds scatter**, so a difference must be large to
-be seen. Verdicts are Student's t-tests at the 5 % level on differences seed by seed. Nearly all
-codes are used in nearly every row, so perplexity stands in for the paper's "codebook usage".
+be seen. Verdicts are Student's t-tests at the 5 % level on differences seed by seed. Where all
+codes are in use, perplexity stands in for the paper's "codebook usage".
 *Probe, chosen*: block, read-out, norm and rate best on a tenth of the training images; *paper's
 reading*: [CLS] of the last layer where patch aggregation trained it, else the patch mean. "Hidden
 named right" compares rows with the same tokenizer only, "cosine" rows with the same teacher. A
