@@ -3,6 +3,7 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 
 import pytest
 import torch
@@ -93,6 +94,10 @@ def test_steps_are_counted_without_the_line_about_the_run_and_those_of_evaluatio
 
 
 def test_processes_of_a_run_are_found_with_their_children():
-    assert os.getpid() in kills.family(os.getpid())
+    child = subprocess.Popen(["sleep", "60"])
+    assert {os.getpid(), child.pid} <= set(kills.family(os.getpid()))
+    child.kill()
+    child.wait()
+    assert not kills.is_running(child.pid)
     assert kills.is_running(os.getpid())
     assert not kills.is_running(2**22 + 1)                   # no Linux has so many
