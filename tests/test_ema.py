@@ -139,9 +139,9 @@ def test_kmeans_makes_as_many_rounds_as_it_is_asked_for():
 
 
 def test_the_counts_of_kmeans_are_those_of_its_last_look_up():
-    x, centres = l2(torch.randn(300, 3)), l2(torch.randn(8, 3))
-    z = nearest_code(x, centres)
-    assert torch.equal(kmeans(x, centres, 1)[1], torch.bincount(z, minlength=8).float())
+    points, start = l2(torch.randn(300, 3)), l2(torch.randn(8, 3))
+    z = nearest_code(points, start)
+    assert torch.equal(kmeans(points, start, 1)[1], torch.bincount(z, minlength=8).float())
 
 
 def test_a_centre_that_one_vector_chose_goes_to_that_vector():
