@@ -24,13 +24,12 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from support import data, transforms
+from support import data, teachers, transforms
 from support.checks import check_teacher
 from support.files import UserError
 from support.images import shown, spread
 from support.positions import grid_of, sides
 from support.process import seed_all
-from support.teachers import build_teacher
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -268,7 +267,7 @@ def open_teacher_and_images(args, process):
     val_set = data.open_split(args, "val", whole_image)
     data.leave_out_bad(args, process, train_set, val_set)
     grid = grid_of(args.image_size, args.patch_size)
-    teacher = build_teacher(args.teacher, grid, args.patch_size, process.device)
+    teacher = teachers.build_teacher(args.teacher, grid, args.patch_size, process.device)
     some = torch.stack([train_set[i][0] for i in spread(len(train_set), 8)])
     check_teacher(teacher, data.to_float(some, process.device), process)
     if args.cache_teacher:                   # features are computed once, later only read

@@ -10,6 +10,7 @@ import vqkd
 from conftest import log_lines
 from results import mistakes
 from results.ablate import exchanged
+from support.files import UserError
 
 
 def unit(*shape):
@@ -154,3 +155,11 @@ def test_all_runs_leave_records_a_picture_and_a_page(tmp_path, monkeypatch):
     mistakes.main(flags)                     # finished runs are not run again
     assert log_lines(tmp_path / "mistakes.jsonl") == first
     assert (tmp_path / "mistakes.md").read_text() == page
+
+
+def test_a_teacher_that_stands_in_is_the_one_that_stage_1_builds(tmp_path):
+    def refuse(name, *_):
+        raise UserError(f"another teacher than {name}")
+    flags = ["--limit", "20", "--steps", "1", "--workers", "0", "--out", str(tmp_path / "run")]
+    with exchanged({"teachers.build_teacher": refuse}), pytest.raises(UserError, match="another"):
+        vqkd.main(flags)
