@@ -118,8 +118,11 @@ class Backbone:
         self.model.eval().requires_grad_(False)
         self.normalise = normalise
         self.name = "backbone"
-        self.dims = self.model.width,
-        self.widths = {self.name: self.model.width}
+        self.dim = self.model.width
+        self.grid = self.model.grid
+        self.names = self.name,
+        self.dims = self.dim,
+        self.widths = {self.name: self.dim}
 
     @torch.no_grad()
     def __call__(self, images):
