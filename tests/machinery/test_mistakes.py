@@ -106,6 +106,7 @@ def test_the_two_teachers_differ_in_what_their_network_gets(monkeypatch):
 
     class Network(torch.nn.Module):
         width = 4
+        grid = 6, 6
 
         def forward(self, x):
             given.append(x)
@@ -120,6 +121,7 @@ def test_the_two_teachers_differ_in_what_their_network_gets(monkeypatch):
         with exchanged(run.change()):
             teacher = vqkd.teachers.build_teacher("hog", (6, 6), 8, "cpu")
             assert teacher(images).shape == (2, 36, 4)
+            assert len(teacher.names) == len(teacher.dims) and sum(teacher.dims) == 4
     assert torch.equal(given[0], mistakes.imagenet_normalize(images))
     assert torch.equal(given[1], images)
 
