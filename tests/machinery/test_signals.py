@@ -28,6 +28,7 @@ STAGES = {
 @pytest.fixture(autouse=True)
 def handlers_as_they_were():
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)             # though these tests run under nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
