@@ -33,10 +33,11 @@ import vqkd
 from results import make
 from results.runs import FACTS, seconds_of
 from results.tables import (
-    RESULTS, cell, fill, made_on, mean_and_error, read_lines, table, write_lines)
+    RESULTS, cell, fill, made_on, read_lines, table, write_lines)
 from support import data, teachers
 from support.args import Parser, whole
 from support.files import UserError
+from support.probe import mean_and_error
 from support.process import launch
 from support.shapes import Shapes
 
@@ -362,8 +363,8 @@ def page(records):
     words = [claim[-1] for claim in claims]
     verdicts = table(["expected", "column", "here: difference, seed by seed", "verdict"], claims)
     return fill(PAGE, **SHORT, made_on=made_on(records), rows="\n".join(rows),
-                       claims=len(claims), same=words.count("same"),
-                       opposite=words.count("opposite"), verdicts="\n".join(verdicts))
+                claims=len(claims), same=words.count("same"),
+                opposite=words.count("opposite"), verdicts="\n".join(verdicts))
 
 
 def collect():

@@ -27,7 +27,7 @@ import vqkd
 from results import make, tables
 from results.measures import (
     CLAIM, alterations, beside_codes, decoded, effective_dimension, factor_values, kept, told)
-from support import data, teachers
+from support import data, probe, teachers
 from support.args import Parser
 from support.files import UserError, read_file
 from support.process import launch
@@ -176,7 +176,7 @@ def codes_that_stay(tokenizer, before, cover):
 # --- tables and verdicts --------------------------------------------------------------------------
 def mean_and_error(records, key):
     """Mean and standard error over seeds. The error of a single seed is nan."""
-    return tables.mean_and_error([record[key] for record in records])
+    return probe.mean_and_error([record[key] for record in records])
 
 
 def cell(records, key, unit=100):

@@ -2,32 +2,23 @@
 
     python -m results.first_screen           # ten minutes of a machine with nothing else to do
 """
-from results.runs import find, of_seeds, study
-from results.tables import cell, made_on, table
-from results.tiny import FINETUNE_RATES, SEEDS, SEGMENT_RATES
+import functools
+
+from results.runs import find, study
+from results.tables import made_on, table
+from results.tiny import FINETUNE_RATES, SEEDS, SEGMENT_RATES, best_scratch, over_seeds
 from support.process import launch
 
 COMMANDS = ["python vqkd.py", "python pretrain.py", "python linprobe.py",
             "python finetune.py --labels-per-class 100", "python segment.py"]
 
 
-def figure(records, name, stage, key, source=None, unit=1, digits=1):
-    return cell([unit * x[key] for x in of_seeds(records, name, SEEDS, stage, source)], digits)
-
-
-def best_scratch(records, stage, key, rates):
-    """The best of several rates from scratch, as a cell."""
-    def mean(name):
-        found = of_seeds(records, name, SEEDS, stage)
-        return sum(x[key] for x in found) / len(found)
-    name = max((f"scratch-{rate}" for rate in rates), key=mean)
-    return figure(records, name, stage, key)
-
-
 def screen(records):
     """Lines of the README: command, time, result over three seeds, what stands beside it."""
-    def of(name, stage, key, *more, **named):
-        return figure(records, name, stage, key, *more, **named)
+    of = functools.partial(over_seeds, records)
+
+    def scratch(stage, key, rates):
+        return of(best_scratch(records, stage, key, rates), stage, key)
 
     def probed(key, source):
         few = find(records, "hog-0", "linprobe")["args"]["labels_per_class"]
@@ -48,9 +39,9 @@ def screen(records):
          f"{probed('top1', 'tokenizer')}"),
         ("finetune", "`pretrain.pt` -> `finetune.pt`",
          f"{of('hog', 'finetune', 'top1')} % top-1",
-         f"scratch: {best_scratch(records, 'finetune', 'top1', FINETUNE_RATES)}"),
+         f"scratch: {scratch('finetune', 'top1', FINETUNE_RATES)}"),
         ("segment", "`pretrain.pt` -> `segment.pt`", f"{of('hog', 'segment', 'miou')} % mIoU",
-         f"scratch: {best_scratch(records, 'segment', 'miou', SEGMENT_RATES)}")]
+         f"scratch: {scratch('segment', 'miou', SEGMENT_RATES)}")]
     rows = []
     for stage, files, result, beside in stages:
         once = find(records, "tiny", stage)

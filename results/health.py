@@ -81,8 +81,8 @@ def page(records):
     naive = [find(records, f"naive-{seed}", "vqkd") for seed in BAD_SEEDS]
     collapsed = find(records, "collapsed-0", "vqkd")
     ends = [x["result"]["perplexity"] for x in healthy]
-    return fill(PAGE, 
-        healthy=len(healthy), bad=len(naive), naive=NAIVE, collapse=COLLAPSE,
+    return fill(
+        PAGE, healthy=len(healthy), bad=len(naive), naive=NAIVE, collapse=COLLAPSE,
         warned_healthy=sum(bool(x["warned"]) for x in healthy),
         warned_bad=sum(bool(x["warned"]) for x in naive),
         warned_collapse="was" if collapsed["warned"] else "was not",

@@ -116,8 +116,8 @@ def page(lines):
               and (line["full"] or (line["mistake"] and verdict(line) != "named"))]
     known = sum(line["kind"] == "mistake" for line in lines)
     return fill(TEXT, rows="\n".join(table(HEAD, rows)), known=known, jobs=wholes[-1]["jobs"],
-                       missed="\n".join(missed) or "None.", made_on=made_on(lines),
-                       minutes=round(sum(line["all_seconds"] for line in wholes) / 60))
+                missed="\n".join(missed) or "None.", made_on=made_on(lines),
+                minutes=round(sum(line["all_seconds"] for line in wholes) / 60))
 
 
 TEXT = """# Does the grader mark rightly?

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from results.tables import RESULTS, ROOT, RUNS, read_lines, write_lines
+from results.tables import RESULTS, ROOT, RUNS, read_lines, table, write_lines
 from support.args import Parser, whole
 from support.files import read_file
 from support.process import launch
@@ -46,6 +46,7 @@ STOPS = 25
 SIGNALS = "SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"
 WAYS = (0, 1), (2, 1), (0, 2), (2, 2)        # loader workers, processes
 MOMENTS = "in a step", "writing a checkpoint", "between epochs", "after an evaluation"
+STOP_TITLES = ["stage", "signal", "loader workers", "processes", "steps done", "exit code", "wrong"]
 # By itself, torchrun hands on all of them but SIGUSR1.
 TORCHRUN = f"-m torch.distributed.run --standalone --signals-to-handle {','.join(SIGNALS)}"
 
@@ -60,9 +61,7 @@ the log but for `images_per_s` and `time`. All trials: [kills.jsonl](kills.jsonl
 A run has to exit with 128 + signal (under torchrun: not 0), without a traceback, and leave a
 resume file that holds all steps done. **{stops} trials, {stops_wrong} with anything wrong.**
 
-| stage | signal | loader workers | processes | steps done | exit code | wrong |
-|---|---|---|---|---|---|---|
-{stop_rows}
+{stop_table}
 
 ## SIGKILL, to the launcher and all its processes at once
 
@@ -71,9 +70,7 @@ last of the log; the last step of an epoch as its last line; any other step. **{
 left a resume file, {kills_wrong} with anything wrong.** {not_counted} more left none (the first
 comes after step 3) or came too late; they ended with {not_counted_wrong} differences.
 
-| stage | {moments} | wrong |
-|---|---|---|---|---|---|
-{kill_rows}
+{kill_table}
 
 Runs of {steps} steps, workers 0 and 2, one and two processes, float32 and bfloat16; what is
 compared with never had workers. {dates}, commit {commits}, {machines}, one thread, torch {torch}.
@@ -335,10 +332,6 @@ def run_trials(records, seed, each):
 
 
 # --- the page -------------------------------------------------------------------------------------
-def row(*cells):
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def count_wrong(records):
     return sum(bool(record["wrong"]) for record in records)
 
@@ -348,23 +341,25 @@ def page(records):
     stops = [x for x in records if x["signal"] != "SIGKILL"]
     kills = [x for x in records if x["signal"] == "SIGKILL" and x["met"]]
     not_counted = [x for x in records if x["signal"] == "SIGKILL" and not x["met"]]
-    stop_rows = [row(x["stage"], x["signal"], x["workers"], x["processes"], x["steps_done"],
-                     x["exit_code"], "; ".join(x["wrong"]) or "nothing") for x in stops]
+    stop_rows = [[x["stage"], x["signal"], x["workers"], x["processes"], x["steps_done"],
+                  x["exit_code"], "; ".join(x["wrong"]) or "nothing"] for x in stops]
     kill_rows = []
     for stage in STAGES:
         of_stage = [x for x in kills if x["stage"] == stage]
         met = collections.Counter(x["met"] for x in of_stage)
-        kill_rows.append(row(stage, *(met[moment] for moment in MOMENTS), count_wrong(of_stage)))
+        kill_rows.append([stage, *(met[moment] for moment in MOMENTS), count_wrong(of_stage)])
     met = collections.Counter(x["met"] for x in kills)
-    kill_rows.append(row("all", *(met[moment] for moment in MOMENTS), count_wrong(kills)))
+    kill_rows.append(["all", *(met[moment] for moment in MOMENTS), count_wrong(kills)])
 
     def values(name, length=None):
         return ", ".join(sorted({x[name][:length] for x in records}))
     return PAGE.format(
-        stops=len(stops), stops_wrong=count_wrong(stops), stop_rows="\n".join(stop_rows),
-        kills=len(kills), kills_wrong=count_wrong(kills), kill_rows="\n".join(kill_rows),
+        stops=len(stops), stops_wrong=count_wrong(stops),
+        stop_table="\n".join(table(STOP_TITLES, stop_rows)),
+        kills=len(kills), kills_wrong=count_wrong(kills),
+        kill_table="\n".join(table(["stage", *MOMENTS, "wrong"], kill_rows)),
         not_counted=len(not_counted), not_counted_wrong=count_wrong(not_counted),
-        moments=" | ".join(MOMENTS), steps=STEPS, dates=values("date"), commits=values("commit", 7),
+        steps=STEPS, dates=values("date"), commits=values("commit", 7),
         machines=values("machine"), torch=values("torch"))
 
 

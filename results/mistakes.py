@@ -287,7 +287,7 @@ def page(records):
         rows.append([run.name, *(f"{facts[key]:.{n}f}" if key in facts else ""
                                  for key, n in DIGITS.items())])
     return fill(PAGE, made_on=made_on(records), said="\n".join(said).replace(" \n", "\n").strip(),
-                       rows="\n".join(table(NAMES, rows)))
+                rows="\n".join(table(NAMES, rows)))
 
 
 def main(argv=None):

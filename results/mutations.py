@@ -23,5 +23,5 @@ def page(records):
     about, *bugs = records
     rows = [[x["file"], x["bug"], x["by"] or "**survives**"] for x in bugs]
     return fill(PAGE, noticed=sum(x["noticed"] for x in bugs), bugs=len(bugs),
-                       seconds=about["seconds"], jobs=about["jobs"], made_on=made_on(records),
-                       rows="\n".join(table(["file", "bug", "noticed by"], rows)))
+                seconds=about["seconds"], jobs=about["jobs"], made_on=made_on(records),
+                rows="\n".join(table(["file", "bug", "noticed by"], rows)))

@@ -123,7 +123,7 @@ def page(records):
         startup=table(["", "s"], startup))
     facts = {name: quantizer[name] for name in ("vectors", "codes", "ms", "plain_ms", "ratio")}
     return fill(PAGE, made_on=made_on(records), cards=" and ".join(PEAKS), **facts,
-                       **{name: "\n".join(lines) for name, lines in parts.items()})
+                **{name: "\n".join(lines) for name, lines in parts.items()})
 
 
 def main(argv=None):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from support.files import commit, processor
+from support.probe import mean_and_error
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
@@ -53,15 +54,6 @@ def made_on(records):
     machine = ", ".join(filter(None, map(all_of, ("gpu", "cpu", "machine"))))
     return (f"Commits {commits}; {machine}, cores: {all_of('cores')}, threads of a process: "
             f"{all_of('threads')}; {precision}; torch {all_of('torch')}.")
-
-
-def mean_and_error(values):
-    """-> mean over seeds and its standard error, which is nan for a single seed."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.nan
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
 
 
 def cell(values, digits=1):

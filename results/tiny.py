@@ -3,6 +3,7 @@
     python -m results.tiny                   # runs what has not run: hours on two cores
     python -m results.tiny --list            # the commands
 """
+import statistics
 import subprocess
 import sys
 
@@ -109,10 +110,20 @@ outlines only.
 """
 
 
-def over_seeds(records, name, stage, key, source=None, unit=1):
+def over_seeds(records, name, stage, key, source=None, unit=1, digits=1):
     """The cell of one figure of NAME-0, NAME-1, NAME-2."""
     found = of_seeds(records, name, SEEDS, stage, source)
-    return cell([unit * x[key] for x in found if key in x])
+    return cell([unit * x[key] for x in found if key in x], digits)
+
+
+def mean_of(records, name, stage, key):
+    return statistics.fmean(x[key] for x in of_seeds(records, name, SEEDS, stage))
+
+
+def best_scratch(records, stage, key, rates):
+    """The name of the runs from scratch whose rate is the best of several."""
+    names = [f"scratch-{rate}" for rate in rates]
+    return max(names, key=lambda name: mean_of(records, name, stage, key))
 
 
 def tokenizer_table(records):
@@ -169,11 +180,9 @@ def segmentation_table(records):
 
 def segmentation_worth(records):
     """One sentence: how much the pre-trained start is above the best one from scratch."""
-    def mean(name):
-        found = [x["miou"] for x in of_seeds(records, name, SEEDS, "segment")]
-        return sum(found) / len(found)
-    best = max(mean(f"scratch-{rate}") for rate in SEGMENT_RATES)
-    return f"Pre-training is worth {mean('hog') - best:.1f} points of mIoU."
+    scratch = best_scratch(records, "segment", "miou", SEGMENT_RATES)
+    ours, best = (mean_of(records, name, "segment", "miou") for name in ("hog", scratch))
+    return f"Pre-training is worth {ours - best:.1f} points of mIoU."
 
 
 def robustness_table(records):

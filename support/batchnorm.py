@@ -46,6 +46,8 @@ def average_statistics(model, process):
     changes rounding alone. But a run that a signal stops saves once more, and its last bits would
     differ if the mean were taken when saving.
     """
+    if process.world_size == 1:
+        return
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):               # SyncBatchNorm is none: equal already
             for statistic in (module.running_mean, module.running_var):

@@ -9,9 +9,9 @@
 """
 import dataclasses
 import json
+import math
+import statistics
 import time
-
-import torch
 
 from model import PRESETS, ViT, initialise, rescale_residual_branches
 from support import data, transforms, weights
@@ -91,9 +91,10 @@ def file_of(name, args):
 
 # --- images and their features --------------------------------------------------------------------
 def open_images(sources, args, draws, process):
-    """{image size: its images}, each size opened once: what open_size gives."""
-    return {size: open_size(size, args, draws, process)
-            for size in dict.fromkeys(source.image_size for source in sources)}
+    """What open_size gives, for each of the sources. Each size is opened once."""
+    opened = {size: open_size(size, args, draws, process)
+              for size in dict.fromkeys(source.image_size for source in sources)}
+    return [opened[source.image_size] for source in sources]
 
 
 def open_size(image_size, args, draws, process):
@@ -155,9 +156,12 @@ def draw_labels(args, labels, draws):
 
 
 def mean_and_error(values):
-    """The mean of R draws, and its standard error: their standard deviation / sqrt(R)."""
-    values = torch.tensor(values, dtype=torch.double)
-    return values.mean().item(), (values.std() / len(values)**0.5).item()
+    """The mean of R draws or seeds, and its standard error: their standard deviation / sqrt(R).
+
+    The error of a single value is nan.
+    """
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), spread / len(values)**0.5
 
 
 def named(of_best, of_paper, per_class):
