@@ -416,8 +416,8 @@ def main(argv=None):
 
     made_from = inputs.made_from(args, process, **files)
     sources = load_sources(names, args, process.device)
-    log = Log(args.out / f"{stage}.jsonl", args, process, made_from=made_from)
     sets = open_images(sources, args, DRAWS, process)
+    log = Log(args.out / f"{stage}.jsonl", args, process, made_from=made_from)
     stored = [store_splits(source, encode, images, args, process)
               for source, images in zip(sources, sets, strict=True)]
     if not process.is_main:                  # the heads are small: rank 0 trains them alone

@@ -502,6 +502,8 @@ BUGS = {  # file: (what is wrong, the text, the text with the bug in it[, its te
             "features[part].double()).square()",
         ),
         ("a negative is no neighbour", "cosine = cosine.abs()", "cosine = +cosine"),
+        ("pixels as sharp-eyed as networks", 'source.name == "pixels"', "False"),
+        ("few labels, norm of the first layer", "* group.scale[layer]\n", "* group.scale[0]\n"),
         ("pixels with their brightness", "(x - x.mean(dim=1, keepdim=True))", "(x - x.mean())"),
         ("decay per feature, not per image", "x.square().sum() / m", "x.square().sum() / width"),
         ("few labels of validation images", "in (train, val))\n", "in (val, val))\n"),

@@ -420,6 +420,40 @@ def test_few_labels_are_those_of_training_images_in_the_layer_and_read_out_of_th
     assert max(scores(0, 0, val)["few_top1"]) < 40
 
 
+def test_neighbours_in_pixels_are_blind_to_the_sign_and_those_of_networks_are_not():
+    features = torch.eye(5)[:, None]                         # (n, L, F): one picture a class
+    train = features, torch.arange(5)
+    negatives = -features + 0.01, torch.arange(5)
+    probe = Probe(torch.zeros(1, 5), torch.ones(1, 5), ["pixels"], [(1e-3, 1.0)], 5)
+    network = Source("random", None, 48, ["1"])
+    found = {source.name: linprobe.score_reading(
+        dict(at=(0, 0, 0)), source, probe, train, torch.arange(5), negatives, [torch.arange(5)])
+        for source in (PIXELS, network)}
+    assert found["pixels"]["knn1"] == 100 and found["pixels"]["few_knn1"] == [100]
+    assert found["random"]["knn1"] == 0 and found["random"]["few_knn1"] == [0]
+
+
+def test_few_labels_are_read_with_the_norm_that_the_row_has_in_its_own_layer():
+    classes = torch.arange(400) % 4
+    class_part = nn.functional.one_hot(classes, 4) + 0.6 * torch.randn(400, 4)
+    noise = torch.randn(400, 4)
+    features = torch.stack([torch.cat([class_part, size * noise], dim=1)         # (n, L, F)
+                            for size in (1000.0, 1.0)], dim=1)
+    mean, variance = mean_and_variance(features, torch.arange(400))
+    probe = Probe(mean, variance, ["pixels"], [(1e-3, 1.0)], 4)
+    draws = [choose_labels(classes, 10, seed) for seed in range(5)]
+
+    def scores(layer, h):
+        found = linprobe.score_reading(
+            dict(at=(layer, 0, h)), Source("random", None, 48, ["1", "2"]), probe,
+            (features, classes), torch.arange(400), (features, classes), draws)
+        return sum(found["few_top1"]) / 5
+    none, batchnorm = range(2)
+    assert scores(0, none) < 40                              # the noise drowns the class
+    assert scores(0, batchnorm) == pytest.approx(scores(1, batchnorm), abs=1)
+    assert 45 < scores(0, batchnorm) < 75                    # not saturated
+
+
 def test_a_class_without_images_is_never_guessed_from_few_labels():
     def of(*values):                                         # features (n, 1, 2)
         return torch.tensor(values)[:, None, None].expand(-1, 1, 2).contiguous()
